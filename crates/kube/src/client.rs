@@ -1,0 +1,89 @@
+//! One connection pool to one API server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::Error;
+
+/// Where the address of the API server and the credentials come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credentials {
+    /// A kubeconfig file; its current context is used.
+    Kubeconfig(PathBuf),
+    /// The service account of the pod that this process runs in.
+    InCluster,
+}
+
+/// How long a TCP (and TLS) handshake with the API server may take. Short, because an agent with a dead
+/// server has other servers behind the same name or a remembered state to serve from.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a response may stay silent. Longer than a watch lasts ([`crate::watch::WATCH_TIMEOUT`]), so it only
+/// ends connections whose other side is gone.
+const READ_TIMEOUT: Duration = Duration::from_secs(crate::watch::WATCH_TIMEOUT as u64 + 30);
+
+/// A client of one API server. Cheap to clone; all clones share the connections.
+#[derive(Clone)]
+pub struct Client {
+    inner: kube::Client,
+    server: String,
+}
+
+impl Client {
+    /// Reads the credentials and builds a client. Does not speak to the server yet, so that an agent can start
+    /// while the server is away.
+    ///
+    /// # Errors
+    /// The kubeconfig or the service account cannot be read, or holds a certificate that is not one.
+    pub async fn new(credentials: &Credentials) -> Result<Self, Error> {
+        let mut config = match credentials {
+            Credentials::Kubeconfig(path) => {
+                let wrap = |source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) };
+                let file = kube::config::Kubeconfig::read_from(path).map_err(wrap)?;
+                let options = kube::config::KubeConfigOptions::default();
+                kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrap)?
+            }
+            Credentials::InCluster => {
+                kube::Config::incluster().map_err(|source| Error::InCluster { source: Box::new(source) })?
+            }
+        };
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(READ_TIMEOUT);
+        // Retries belong to the callers here: they know what may be repeated and what to tell meanwhile.
+        config.default_retry = false;
+        let server = config.cluster_url.to_string();
+        let inner = kube::Client::try_from(config)
+            .map_err(|source| Error::Client { server: server.clone(), source: Box::new(source) })?;
+        Ok(Self { inner, server })
+    }
+
+    /// The server's address, for messages.
+    #[must_use]
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// Asks the server for its version: the cheapest question that every authenticated client may ask.
+    ///
+    /// # Errors
+    /// The server cannot be reached or refuses.
+    pub async fn ping(&self) -> Result<(), Error> {
+        let request = http::Request::get("/version")
+            .body(Vec::new())
+            .expect("a constant path without headers makes a valid request");
+        match self.inner.request_text(request).await {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Error::Request { what: "get /version".into(), source: Box::new(source) }),
+        }
+    }
+
+    pub(crate) fn inner(&self) -> &kube::Client {
+        &self.inner
+    }
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("server", &self.server).finish_non_exhaustive()
+    }
+}
