@@ -1,0 +1,1 @@
+//! Path-MTU proof between two nodes.
