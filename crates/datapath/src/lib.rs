@@ -1,1 +1,187 @@
-//! Placeholder.
+//! What happens to a packet: the decisions, and nothing else.
+//!
+//! The same code runs in the kernel over BPF maps, in tests over hash maps, and over the pinned maps of a
+//! node for a trace. It is generic over where the tables live ([`Tables`]), where the packet's bytes are
+//! ([`Bytes`]) and what the hook knows besides ([`Env`]); it never writes any of them. What has to be
+//! written comes out as [`Scratch`] and a small [`Action`], and the host applies it.
+//!
+//! Stages, in order: parse ([`packet`]), the sender's identity ([`guard`]), connection tracking ([`track`]),
+//! forwarding ([`forward`]). Service translation goes between identity and tracking, policy between
+//! tracking and forwarding: each is a function over [`Scratch`] that may end the decision with a reason.
+//!
+//! Rules that keep the kernel's verifier content: no slice index that can panic, no loop without a bound,
+//! look-ups copy out, no `u128`, no formatting, leaves inlined.
+#![no_std]
+
+pub mod forward;
+pub mod guard;
+pub mod packet;
+pub mod track;
+
+use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source};
+
+pub use packet::Packet;
+pub use track::Observation;
+
+/// The bytes of one packet, from its Ethernet header on.
+pub trait Bytes {
+    /// `N` bytes at `offset`, or nothing when the packet is shorter.
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Length of the whole packet with its Ethernet header.
+    fn len(&self) -> u32;
+
+    /// Whether there is no byte at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Where the decisions find the state of node and cluster. Every look-up returns a copy.
+pub trait Tables {
+    /// The node's own configuration.
+    fn config(&self) -> Option<NodeConfig>;
+    /// The pod on this node that has this address.
+    fn endpoint(&self, addr: &Addr) -> Option<Endpoint>;
+    /// What the pod behind this interface may send as.
+    fn source(&self, ifindex: u32) -> Option<Source>;
+    /// Where in the cluster an address is: its own entry, else the longest prefix that holds it.
+    fn peer(&self, addr: &Addr) -> Option<Peer>;
+    /// Looks a flow up and, where this host keeps state, applies [`track::observe`] to it in place.
+    ///
+    /// Returns the entry as it is after the observation. Done in one step because the kernel pays for each
+    /// look-up of a 40-byte key; a host that must not change anything applies the observation to a copy.
+    fn observe(&self, key: &CtKey, observation: &Observation) -> Option<CtEntry>;
+}
+
+/// What a hook knows besides the packet.
+pub trait Env {
+    /// The hook that runs.
+    fn hook(&self) -> Hook;
+    /// Interface that the hook is attached to.
+    fn ifindex(&self) -> u32;
+    /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
+    fn now_ns(&self) -> u64;
+    /// Outer source address of a decapsulated packet.
+    fn tunnel_source(&self) -> Option<Addr>;
+    /// Whether an earlier hook of this node already chose the tunnel's other end for this packet.
+    fn tunnel_chosen(&self) -> bool;
+}
+
+/// What to do with the packet.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Leave it to the node's stack, or let it go on to the device it is bound for.
+    Pass,
+    /// Discard it.
+    Drop,
+    /// Put it into a pod of this node: [`Scratch::target`].
+    ToPod,
+    /// Hand it to the tunnel device with [`Scratch::tunnel`] as the other end.
+    ToTunnel,
+    /// Set [`Scratch::tunnel`] as the other end and let it go on (the hook is on the tunnel device itself).
+    SetTunnel,
+    /// Send it on the underlay device to the next hop of the node's route.
+    ToUplink,
+}
+
+/// A decision: verdict and reason.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Action {
+    /// What to do.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: Reason,
+}
+
+impl Action {
+    /// Discards the packet.
+    #[inline(always)]
+    pub const fn drop(reason: Reason) -> Self {
+        Self { verdict: Verdict::Drop, reason }
+    }
+
+    /// Leaves the packet to the node's stack.
+    #[inline(always)]
+    pub const fn pass(reason: Reason) -> Self {
+        Self { verdict: Verdict::Pass, reason }
+    }
+}
+
+/// Workspace of one decision and its effects, for the host to apply. One per CPU in the kernel, because
+/// 512 bytes of stack serve a whole call chain.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Scratch {
+    /// The parsed packet.
+    pub packet: Packet,
+    /// The pod to deliver to, for [`Verdict::ToPod`].
+    pub target: Endpoint,
+    /// The other end of the tunnel, for [`Verdict::ToTunnel`] and [`Verdict::SetTunnel`].
+    pub tunnel: Addr,
+    /// Key of the flow, when [`Scratch::new_flow`] is set.
+    pub ct_key: CtKey,
+    /// A flow to add to the connection table, when [`Scratch::new_flow`] is set.
+    pub ct_entry: CtEntry,
+    /// Whether the packet opens a flow: the host inserts it unless the packet is dropped.
+    pub new_flow: bool,
+}
+
+impl Scratch {
+    /// An empty workspace.
+    pub const fn new() -> Self {
+        Self {
+            packet: Packet::EMPTY,
+            target: Endpoint { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6] },
+            tunnel: Addr::UNSPECIFIED,
+            ct_key: CtKey { a: Addr::UNSPECIFIED, b: Addr::UNSPECIFIED, a_port: 0, b_port: 0, proto: 0, pad: [0; 3] },
+            ct_entry: CtEntry {
+                created_ns: 0,
+                last_seen_ns: 0,
+                packets: [0; 2],
+                bytes: [0; 2],
+                flags: 0,
+                idle_limit_s: 0,
+            },
+            new_flow: false,
+        }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Decides what happens to a packet at a hook.
+///
+/// Writes only `scratch`; applying its effects is the caller's part.
+#[inline(always)]
+pub fn decide(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
+    scratch.new_flow = false;
+    match env.hook() {
+        Hook::FromPod => forward::from_pod(bytes, tables, env, scratch),
+        Hook::ToPod => forward::to_pod(bytes, tables, env, scratch),
+        Hook::FromUplink => forward::from_uplink(bytes, tables, env, scratch),
+        Hook::FromTunnel => forward::from_tunnel(bytes, tables, env, scratch),
+        Hook::ToTunnel => forward::to_tunnel(bytes, tables, env, scratch),
+    }
+}
+
+/// Whether two link-layer addresses are equal, without a call to `memcmp`, which the kernel has not.
+#[inline(always)]
+pub(crate) fn same_mac(a: &Mac, b: &Mac) -> bool {
+    let [a0, a1, a2, a3, a4, a5] = *a;
+    let [b0, b1, b2, b3, b4, b5] = *b;
+    ((a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3) | (a4 ^ b4) | (a5 ^ b5)) == 0
+}
+
+/// Whether two addresses are equal, word by word, for the same reason.
+#[inline(always)]
+pub(crate) fn same_addr(a: &Addr, b: &Addr) -> bool {
+    let [a0, a1, a2, a3] = a.words;
+    let [b0, b1, b2, b3] = b.words;
+    ((a0 ^ b0) | (a1 ^ b1) | (a2 ^ b2) | (a3 ^ b3)) == 0
+}

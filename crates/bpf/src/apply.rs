@@ -1,0 +1,138 @@
+//! Applies a decision with the kernel's helpers.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{
+        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key,
+    },
+    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_set_tunnel_key},
+    programs::TcContext,
+};
+use podway_abi::{Hook, NodeConfig, Reason};
+use podway_datapath::{Scratch, Tables, Verdict, decide, packet::Kind};
+
+use crate::{
+    maps::{self, Maps},
+    skb::{SkbBytes, SkbEnv, is_underlay_v6},
+};
+
+/// Mark of a packet whose tunnel key was set at the pod's hook; only between that hook and the tunnel device,
+/// where it is taken off again. The upper half is "PW".
+pub const MARK_TUNNEL_CHOSEN: u32 = 0x5057_0001;
+
+/// `PACKET_HOST` of `linux/if_packet.h`: the frame is for this machine.
+const PACKET_HOST: u32 = 0;
+
+/// TTL of the outer header; the inner packet keeps its own.
+const OUTER_TTL: u8 = 64;
+
+/// Decides and applies; the result is a `TC_ACT_*` code.
+#[inline(always)]
+pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
+    let Some(scratch) = maps::scratch() else { return TC_ACT_SHOT };
+    let env = SkbEnv { ctx, hook };
+    let mut action = decide(&SkbBytes(ctx), &Maps, &env, scratch);
+    if scratch.new_flow && !matches!(action.verdict, Verdict::Drop) {
+        maps::insert_flow(&scratch.ct_key, &scratch.ct_entry);
+    }
+    let bytes = ctx.len().saturating_sub(14);
+    let code = match action.verdict {
+        Verdict::Pass => Some(pass(ctx, hook)),
+        Verdict::Drop => Some(TC_ACT_SHOT),
+        Verdict::ToPod => to_pod(ctx, hook, scratch),
+        Verdict::ToTunnel => to_tunnel(ctx, scratch, true),
+        Verdict::SetTunnel => to_tunnel(ctx, scratch, false),
+        Verdict::ToUplink => to_uplink(),
+    };
+    if code.is_none() {
+        action.reason = Reason::RewriteFailed;
+    }
+    maps::count(hook, action.reason, bytes);
+    code.unwrap_or(TC_ACT_SHOT)
+}
+
+/// On to the stack, or to the device that the packet is bound for.
+#[inline(always)]
+fn pass(ctx: &TcContext, hook: Hook) -> i32 {
+    match hook {
+        // The sender wrote its own tunnel device's address; for the stack the frame must be for this host.
+        Hook::FromTunnel => {
+            let _ = ctx.change_type(PACKET_HOST);
+        }
+        // The outer packet must not carry the mark into the routing of the node.
+        Hook::ToTunnel => ctx.set_mark(0),
+        _ => {}
+    }
+    TC_ACT_OK
+}
+
+/// Into the pod: link-layer addresses, one hop less, and straight to the other side of its veth.
+#[inline(always)]
+fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch) -> Option<i32> {
+    decrement_ttl(ctx, scratch)?;
+    let target = &scratch.target;
+    let [d0, d1, d2, d3, d4, d5] = target.pod_mac;
+    let [s0, s1, s2, s3, s4, s5] = target.host_mac;
+    let macs = [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5];
+    ctx.store(0, &macs, 0).ok()?;
+    if !matches!(hook, Hook::FromPod) {
+        ctx.change_type(PACKET_HOST).ok()?;
+    }
+    // SAFETY: no preconditions; the kernel checks the interface.
+    Some(unsafe { bpf_redirect_peer(target.ifindex, 0) } as i32)
+}
+
+/// Sets the tunnel key and, when `redirect`, hands the packet to the tunnel device.
+#[inline(always)]
+fn to_tunnel(ctx: &TcContext, scratch: &Scratch, redirect: bool) -> Option<i32> {
+    let config: NodeConfig = Maps.config()?;
+    // SAFETY: all fields are integers or unions of integers.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    key.tunnel_id = config.vni;
+    key.tunnel_ttl = OUTER_TTL;
+    let mut flags = BPF_F_ZERO_CSUM_TX as u64;
+    if is_underlay_v6(&config) {
+        key.__bindgen_anon_1.remote_ipv6 = scratch.tunnel.words;
+        flags |= BPF_F_TUNINFO_IPV6 as u64;
+    } else {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be(scratch.tunnel.v4_word());
+    }
+    // SAFETY: `key` is as large as the size given says.
+    let result = unsafe {
+        bpf_skb_set_tunnel_key(ctx.as_ptr().cast(), &mut key, size_of::<bpf_tunnel_key>() as u32, flags)
+    };
+    if result != 0 {
+        return None;
+    }
+    if !redirect {
+        return Some(TC_ACT_OK);
+    }
+    ctx.set_mark(MARK_TUNNEL_CHOSEN);
+    // SAFETY: no preconditions; the kernel checks the interface.
+    Some(unsafe { bpf_redirect(config.tunnel_ifindex, 0) } as i32)
+}
+
+/// Out of the underlay device to the next hop that the node's routes give.
+#[inline(always)]
+fn to_uplink() -> Option<i32> {
+    let config = Maps.config()?;
+    // SAFETY: without parameters the helper looks the route up itself.
+    Some(unsafe { bpf_redirect_neigh(config.uplink_ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+}
+
+/// One hop less, and the IPv4 header checksum to match.
+#[inline(always)]
+fn decrement_ttl(ctx: &TcContext, scratch: &Scratch) -> Option<()> {
+    let ttl = scratch.packet.ttl;
+    match scratch.packet.kind {
+        Kind::V4 => {
+            // The checksum helper takes the 16-bit word of TTL and protocol as it lies in memory.
+            let old = u16::from_ne_bytes([ttl, scratch.packet.proto]);
+            let new = u16::from_ne_bytes([ttl.wrapping_sub(1), scratch.packet.proto]);
+            ctx.l3_csum_replace(14 + 10, old as u64, new as u64, 2).ok()?;
+            ctx.store(14 + 8, &ttl.wrapping_sub(1), 0).ok()
+        }
+        Kind::V6 => ctx.store(14 + 7, &ttl.wrapping_sub(1), 0).ok(),
+        Kind::Arp => Some(()),
+    }
+}
