@@ -1,0 +1,98 @@
+//! Entering a pod or a node and becoming a program there.
+//!
+//! Runs in a process of its own with one thread: it joins the control group and the network namespace, takes
+//! private mount and UTS namespaces in which the pod's `/etc/hosts`, `/etc/resolv.conf` and host name are in
+//! place, and executes the program. `/sys` stays as it is, so that BPF and cgroup file systems remain visible.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::cgroup::Cgroup;
+
+/// What to enter and what to run. Parts that are absent are left as the caller has them.
+#[derive(Debug, Clone, Default)]
+pub struct PodExec {
+    /// Control group to join.
+    pub cgroup: Option<Cgroup>,
+    /// File of the network namespace.
+    pub netns: Option<PathBuf>,
+    /// Host name.
+    pub hostname: Option<String>,
+    /// File to see as `/etc/hosts`.
+    pub hosts: Option<PathBuf>,
+    /// File to see as `/etc/resolv.conf`.
+    pub resolv_conf: Option<PathBuf>,
+    /// Environment variables to set.
+    pub env: Vec<(String, OsString)>,
+    /// The program and its arguments.
+    pub command: Vec<OsString>,
+}
+
+impl PodExec {
+    /// Becomes the program. Returns only when that failed.
+    #[must_use]
+    pub fn exec(self) -> anyhow::Error {
+        match self.enter() {
+            Ok(mut command) => {
+                let error = command.exec();
+                anyhow::Error::new(error).context(format!("run {}", command.get_program().to_string_lossy()))
+            }
+            Err(e) => e,
+        }
+    }
+
+    fn enter(self) -> anyhow::Result<Command> {
+        let Some((program, arguments)) = self.command.split_first() else {
+            bail!("no command to run; put it after --");
+        };
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.join()?;
+        }
+        if let Some(path) = &self.netns {
+            let file = File::open(path).with_context(|| format!("open network namespace {}", path.display()))?;
+            setns(&file, CloneFlags::CLONE_NEWNET)
+                .with_context(|| format!("enter network namespace {}", path.display()))?;
+        }
+        if self.hostname.is_some() || self.hosts.is_some() || self.resolv_conf.is_some() {
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS).context("unshare mount and UTS namespaces")?;
+            // Slave, not private: a network namespace that is deleted later must not live on in here.
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
+                .context("make mounts private")?;
+        }
+        if let Some(hostname) = &self.hostname {
+            nix::unistd::sethostname(hostname).with_context(|| format!("set host name {hostname}"))?;
+        }
+        for (source, target) in [(&self.hosts, "/etc/hosts"), (&self.resolv_conf, "/etc/resolv.conf")] {
+            if let Some(source) = source {
+                cover(source, Path::new(target))?;
+            }
+        }
+        let mut command = Command::new(program);
+        command.args(arguments).envs(self.env);
+        Ok(command)
+    }
+}
+
+/// Mounts `source` over `target`. Where `target` does not exist there is nothing to cover, and a program that
+/// does not find it behaves as on any such machine.
+fn cover(source: &Path, target: &Path) -> anyhow::Result<()> {
+    // A mount follows the link that /etc/resolv.conf often is; a dangling one cannot be mounted over.
+    let target = match fs::canonicalize(target) {
+        Ok(path) => path,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            tracing::warn!(file = %target.display(), "not there on this machine, so the pod has none either");
+            return Ok(());
+        }
+        Err(e) => return Err(e).with_context(|| format!("find {}", target.display())),
+    };
+    mount(Some(source), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("mount {} over {}", source.display(), target.display()))
+}
