@@ -1,0 +1,98 @@
+//! Reading and editing objects as JSON: metadata, paths, timestamps. Pure; a wrong type reads as absent.
+
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+
+/// The string at a path of keys, "" where there is none.
+pub fn get_str<'a>(value: &'a Value, path: &[&str]) -> &'a str {
+    at(value, path).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// An instant as Kubernetes writes it (RFC 3339, UTC, whole seconds).
+pub fn timestamp_text(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+pub(crate) fn at<'a>(value: &'a Value, path: &[&str]) -> Option<&'a Value> {
+    path.iter().try_fold(value, |value, key| value.get(key)).filter(|value| !value.is_null())
+}
+
+/// As [`at`], for paths that are not known at compile time.
+pub(crate) fn at_path<'a>(value: &'a Value, path: &[String]) -> Option<&'a Value> {
+    path.iter().try_fold(value, |value, key| value.get(key)).filter(|value| !value.is_null())
+}
+
+pub(crate) fn get_int(value: &Value, path: &[&str]) -> Option<i64> {
+    at(value, path).and_then(Value::as_i64)
+}
+
+pub(crate) fn get_array<'a>(value: &'a Value, path: &[&str]) -> &'a [Value] {
+    at(value, path).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
+}
+
+pub(crate) fn name(object: &Value) -> &str {
+    get_str(object, &["metadata", "name"])
+}
+
+pub(crate) fn namespace(object: &Value) -> &str {
+    get_str(object, &["metadata", "namespace"])
+}
+
+pub(crate) fn uid(object: &Value) -> &str {
+    get_str(object, &["metadata", "uid"])
+}
+
+pub(crate) fn revision(object: &Value) -> u64 {
+    get_str(object, &["metadata", "resourceVersion"]).parse().unwrap_or(0)
+}
+
+pub(crate) fn is_terminating(object: &Value) -> bool {
+    at(object, &["metadata", "deletionTimestamp"]).is_some()
+}
+
+pub(crate) fn finalizers(object: &Value) -> &[Value] {
+    get_array(object, &["metadata", "finalizers"])
+}
+
+pub(crate) fn owner_uids(object: &Value) -> impl Iterator<Item = &str> {
+    get_array(object, &["metadata", "ownerReferences"]).iter().map(|owner| get_str(owner, &["uid"]))
+}
+
+pub(crate) fn parse_time(text: &str) -> Option<Timestamp> {
+    text.parse().ok()
+}
+
+/// The object's fields; whatever else was there becomes an empty object first.
+pub(crate) fn fields(value: &mut Value) -> &mut Map<String, Value> {
+    if !value.is_object() {
+        *value = Value::Object(Map::new());
+    }
+    value.as_object_mut().expect("just made an object")
+}
+
+/// The fields of a child object, created where missing.
+pub(crate) fn child<'a>(value: &'a mut Value, key: &str) -> &'a mut Map<String, Value> {
+    fields(fields(value).entry(key).or_insert(Value::Null))
+}
+
+pub(crate) fn metadata(object: &mut Value) -> &mut Map<String, Value> {
+    child(object, "metadata")
+}
+
+/// Sets the value at a path, creating objects on the way.
+pub(crate) fn set_path(value: &mut Value, path: &[String], new: Value) {
+    let mut here = value;
+    for key in path {
+        here = fields(here).entry(key.as_str()).or_insert(Value::Null);
+    }
+    *here = new;
+}
+
+/// Copies a top-level field from one object to another, or removes it where the source has none.
+pub(crate) fn copy_field(from: &Value, to: &mut Value, key: &str) {
+    let to = fields(to);
+    match from.get(key) {
+        Some(value) => to.insert(key.to_owned(), value.clone()),
+        None => to.remove(key),
+    };
+}
