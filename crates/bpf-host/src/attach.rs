@@ -1,0 +1,224 @@
+//! Attaching the programs to devices, so that they stay when the agent goes.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+    },
+    util::KernelVersion,
+};
+use nix::net::if_::if_indextoname;
+use podway_abi::Hook;
+
+use crate::{Datapath, Error, Result, program};
+
+/// How programs are attached to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMethod {
+    /// TCX links, pinned (kernel 6.6 and later, commit e420bed02507).
+    Tcx,
+    /// Filters of a clsact qdisc, which stay by themselves.
+    Clsact,
+}
+
+/// Priority and handle of our clsact filter: fixed, so that a restart replaces its predecessor's.
+const FILTER_PRIORITY: u16 = 1;
+const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x5057);
+
+impl AttachMethod {
+    /// The best one that the running kernel has.
+    pub fn of_this_kernel() -> Self {
+        match KernelVersion::current() {
+            Ok(version) if version >= KernelVersion::new(6, 6, 0) => Self::Tcx,
+            _ => Self::Clsact,
+        }
+    }
+}
+
+impl Datapath {
+    /// Attaches to the underlay device, or replaces the program there.
+    ///
+    /// # Errors
+    /// [`Error::Attach`] when the device is gone or the kernel refuses.
+    pub fn attach_uplink(&self, ifindex: u32) -> Result<()> {
+        self.attach(ifindex, Hook::FromUplink)
+    }
+
+    /// Attaches to both directions of the tunnel device, or replaces the programs there.
+    ///
+    /// # Errors
+    /// As [`Datapath::attach_uplink`].
+    pub fn attach_tunnel(&self, ifindex: u32) -> Result<()> {
+        self.attach(ifindex, Hook::FromTunnel)?;
+        self.attach(ifindex, Hook::ToTunnel)
+    }
+
+    /// Attaches to both directions of the host side of a pod's veth, or replaces the programs there.
+    ///
+    /// # Errors
+    /// As [`Datapath::attach_uplink`].
+    pub fn attach_pod(&self, ifindex: u32) -> Result<()> {
+        self.attach(ifindex, Hook::FromPod)?;
+        self.attach(ifindex, Hook::ToPod)
+    }
+
+    /// Removes the pins of a pod's programs; when its device still exists it is detached with that.
+    ///
+    /// # Errors
+    /// When a pin exists and cannot be removed.
+    pub fn detach_pod(&self, ifindex: u32) -> Result<()> {
+        self.detach(ifindex, Hook::FromPod)?;
+        self.detach(ifindex, Hook::ToPod)
+    }
+
+    /// Removes the programs from the underlay device.
+    ///
+    /// # Errors
+    /// As [`Datapath::detach_pod`].
+    pub fn detach_uplink(&self, ifindex: u32) -> Result<()> {
+        self.detach(ifindex, Hook::FromUplink)
+    }
+
+    /// Interface indices that pod programs are pinned for, whether or not the device still exists.
+    ///
+    /// # Errors
+    /// When the pin directory cannot be read.
+    pub fn attached_pods(&self) -> Result<Vec<u32>> {
+        let dir = self.pin_dir.join("links");
+        let entries = fs::read_dir(&dir).map_err(|e| Error::io("read", &dir, e))?;
+        let suffix = format!("-{}", Hook::FromPod.name());
+        let mut all: Vec<u32> = entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.strip_suffix(&suffix)?.parse().ok())
+            .collect();
+        all.sort_unstable();
+        Ok(all)
+    }
+
+    fn attach(&self, ifindex: u32, hook: Hook) -> Result<()> {
+        let interface = interface_name(ifindex, hook)?;
+        let mut ebpf = self.ebpf();
+        let program = program(&mut ebpf, hook)?;
+        match self.method {
+            AttachMethod::Tcx => attach_tcx(program, &interface, hook, &self.link_pin(ifindex, hook)),
+            AttachMethod::Clsact => attach_clsact(program, &interface, hook),
+        }
+    }
+
+    fn detach(&self, ifindex: u32, hook: Hook) -> Result<()> {
+        match self.method {
+            AttachMethod::Tcx => remove_pin(&self.link_pin(ifindex, hook)),
+            AttachMethod::Clsact => {
+                // The filter goes with its device; without one there is nothing to detach.
+                let Ok(interface) = interface_name(ifindex, hook) else { return Ok(()) };
+                match tc::qdisc_detach_program(&interface, direction(hook), hook.name()) {
+                    Ok(()) => Ok(()),
+                    Err(e) if io_kind(&e) == Some(ErrorKind::NotFound) => Ok(()),
+                    Err(e) => Err(failed("detach", hook, &interface, e)),
+                }
+            }
+        }
+    }
+
+    fn link_pin(&self, ifindex: u32, hook: Hook) -> PathBuf {
+        self.pin_dir.join("links").join(format!("{ifindex}-{}", hook.name()))
+    }
+}
+
+const fn direction(hook: Hook) -> TcAttachType {
+    match hook {
+        Hook::FromPod | Hook::FromUplink | Hook::FromTunnel => TcAttachType::Ingress,
+        Hook::ToPod | Hook::ToTunnel => TcAttachType::Egress,
+    }
+}
+
+/// Swaps the program into the pinned link, or makes and pins a new link.
+///
+/// A pin may outlive its device; the kernel then refuses the swap and the pin is made anew.
+fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<()> {
+    let adopted = PinnedLink::from_pin(pin)
+        .ok()
+        .and_then(|old| SchedClassifierLink::try_from(FdLink::from(old)).ok())
+        .and_then(|link| program.attach_to_link(link).ok());
+    if let Some(id) = adopted {
+        // The pin keeps the link; our own descriptor is not needed.
+        program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
+        return Ok(());
+    }
+    remove_pin(pin)?;
+    // First in the chain: no other program may see or divert a pod's packet before it was judged.
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = program
+        .attach_with_options(interface, direction(hook), options)
+        .map_err(|e| failed("attach", hook, interface, e))?;
+    let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
+    let link = FdLink::try_from(link).map_err(|e| failed("attach", hook, interface, e))?;
+    link.pin(pin).map_err(|e| failed("attach", hook, interface, e))?;
+    Ok(())
+}
+
+fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<()> {
+    match tc::qdisc_add_clsact(interface) {
+        Ok(()) => {}
+        Err(tc::TcError::AlreadyAttached) => {}
+        Err(e) if io_kind(&e) == Some(ErrorKind::AlreadyExists) => {}
+        Err(e) => return Err(failed("attach", hook, interface, e)),
+    }
+    let old = SchedClassifierLink::attached(interface, direction(hook), FILTER_PRIORITY, FILTER_HANDLE, None)
+        .map_err(|e| failed("attach", hook, interface, e))?;
+    let id = match program.attach_to_link(old) {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+            program
+                .attach_with_options(interface, direction(hook), TcAttachOptions::Netlink(options))
+                .map_err(|e| failed("attach", hook, interface, e))?
+        }
+    };
+    let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
+    // Dropping the link would detach the filter, which is to stay.
+    std::mem::forget(link);
+    Ok(())
+}
+
+fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind> {
+    let mut cause = Some(error);
+    while let Some(e) = cause {
+        if let Some(io) = e.downcast_ref::<std::io::Error>() {
+            return Some(io.kind());
+        }
+        cause = e.source();
+    }
+    None
+}
+
+fn remove_pin(pin: &Path) -> Result<()> {
+    match fs::remove_file(pin) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io("remove", pin, e)),
+    }
+}
+
+fn interface_name(ifindex: u32, hook: Hook) -> Result<String> {
+    if_indextoname(ifindex)
+        .map_err(|e| failed("attach", hook, &ifindex.to_string(), std::io::Error::from(e)))
+        .map(|name| name.to_string_lossy().into_owned())
+}
+
+fn failed(
+    operation: &'static str,
+    hook: Hook,
+    interface: &str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> Error {
+    Error::Attach { operation, hook: hook.name(), interface: interface.to_owned(), source: Box::new(source) }
+}
+

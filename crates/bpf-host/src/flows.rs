@@ -1,0 +1,125 @@
+//! The connection table: listing it, and removing what is over.
+
+use std::{net::IpAddr, time::Duration};
+
+use nix::time::{ClockId, clock_gettime};
+use podway_abi::{CtEntry, CtKey, ct_flags};
+use podway_datapath::track;
+
+use crate::{Datapath, Error, Result, ignore_missing};
+
+/// A tracked flow, seen from the end that opened it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The end that opened the flow.
+    pub source: (IpAddr, u16),
+    /// The other end; for ICMP echo both ports are the identifier.
+    pub destination: (IpAddr, u16),
+    /// Packets from the opening end, and back.
+    pub packets: [u64; 2],
+    /// Bytes from the network layer up, from the opening end, and back.
+    pub bytes: [u64; 2],
+    /// State in one word: `opening`, `established`, `half-closed`, `closed`, `unanswered`, `answered`.
+    pub state: &'static str,
+    /// Since the first packet.
+    pub age: Duration,
+    /// Since the last packet.
+    pub idle: Duration,
+    /// Time without packets that is left before it is forgotten.
+    pub expires_in: Duration,
+}
+
+/// What a sweep of the connection table found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SweepReport {
+    /// Flows that stay.
+    pub live: usize,
+    /// Flows that were over and have been removed.
+    pub removed: usize,
+}
+
+impl Datapath {
+    /// All tracked flows, in no order.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn conntrack(&self) -> Result<Vec<Flow>> {
+        let now = monotonic_ns();
+        let maps = self.maps();
+        let mut flows = Vec::new();
+        for entry in maps.conntrack.iter() {
+            let (key, value) = entry.map_err(|e| Error::map("CONNTRACK", e))?;
+            flows.push(describe(&key, &value, now));
+        }
+        Ok(flows)
+    }
+
+    /// Removes the flows whose idle limit has passed.
+    ///
+    /// # Errors
+    /// When the table cannot be read or written.
+    pub fn sweep_conntrack(&self) -> Result<SweepReport> {
+        let now = monotonic_ns();
+        let mut maps = self.maps();
+        let mut over = Vec::new();
+        let mut report = SweepReport::default();
+        for entry in maps.conntrack.iter() {
+            let (key, value) = entry.map_err(|e| Error::map("CONNTRACK", e))?;
+            if track::is_over(&value, now) {
+                over.push(key);
+            } else {
+                report.live += 1;
+            }
+        }
+        for key in over {
+            ignore_missing(maps.conntrack.remove(&key), "CONNTRACK")?;
+            report.removed += 1;
+        }
+        maps.swept = Some(report);
+        Ok(report)
+    }
+}
+
+/// The clock that the programs stamp with.
+fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .ok()
+        .and_then(|t| u64::try_from(Duration::from(t).as_nanos()).ok())
+        .unwrap_or_default()
+}
+
+fn describe(key: &CtKey, entry: &CtEntry, now: u64) -> Flow {
+    let a = (IpAddr::from(key.a), key.a_port);
+    let b = (IpAddr::from(key.b), key.b_port);
+    let (source, destination) = if entry.flags & ct_flags::OPENED_BY_B != 0 { (b, a) } else { (a, b) };
+    let idle = Duration::from_nanos(now.saturating_sub(entry.last_seen_ns));
+    Flow {
+        protocol: key.proto,
+        source,
+        destination,
+        packets: entry.packets,
+        bytes: entry.bytes,
+        state: state(key.proto, entry.flags),
+        age: Duration::from_nanos(now.saturating_sub(entry.created_ns)),
+        idle,
+        expires_in: Duration::from_secs(entry.idle_limit_s.into()).saturating_sub(idle),
+    }
+}
+
+fn state(proto: u8, flags: u32) -> &'static str {
+    let replied = flags & ct_flags::REPLIED != 0;
+    if proto != podway_datapath::packet::proto::TCP {
+        return if replied { "answered" } else { "unanswered" };
+    }
+    if track::is_closed(flags) {
+        "closed"
+    } else if flags & (ct_flags::FIN_ORIGINAL | ct_flags::FIN_REPLY) != 0 {
+        "half-closed"
+    } else if replied {
+        "established"
+    } else {
+        "opening"
+    }
+}
