@@ -130,7 +130,9 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     let end = Instant::now() + Duration::from_secs(1);
     loop {
         match fs::remove_dir(dir) {
-            Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => std::thread::sleep(POLL),
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => {
+                std::thread::sleep(POLL)
+            }
             Err(e) if !gone(&e) => return Err(named(e, dir)),
             _ => return Ok(()),
         }
@@ -165,7 +167,8 @@ pub fn mount_point() -> io::Result<PathBuf> {
 fn find_mount(table: &str) -> Option<PathBuf> {
     table.lines().find_map(|line| {
         let (left, right) = line.split_once(" - ")?;
-        (right.split(' ').next()? == "cgroup2").then(|| PathBuf::from(left.split(' ').nth(4).unwrap_or_default()))
+        (right.split(' ').next()? == "cgroup2")
+            .then(|| PathBuf::from(left.split(' ').nth(4).unwrap_or_default()))
     })
 }
 

@@ -109,7 +109,9 @@ fn merge(conf: &mut ResolvConf, config: &Value, warnings: &mut Vec<String>) {
     append(&mut conf.nameservers, nameservers);
     append(&mut conf.searches, searches.into_iter().map(|s| trim_dot(&s)));
     for option in config["options"].as_array().into_iter().flatten() {
-        let Some(name) = option["name"].as_str().filter(|n| !n.is_empty() && !n.contains(char::is_whitespace)) else {
+        let Some(name) =
+            option["name"].as_str().filter(|n| !n.is_empty() && !n.contains(char::is_whitespace))
+        else {
             warnings.push(format!("spec.dnsConfig.options: {option} is left out, it has no usable name"));
             continue;
         };
@@ -204,7 +206,8 @@ pub fn hostname(pod: &Value, node: &str) -> String {
 }
 
 fn truncate(name: &str) -> &str {
-    let cut = name.char_indices().map(|(i, c)| i + c.len_utf8()).take_while(|end| *end <= MAX_HOSTNAME).last();
+    let cut =
+        name.char_indices().map(|(i, c)| i + c.len_utf8()).take_while(|end| *end <= MAX_HOSTNAME).last();
     name[..cut.unwrap_or(0)].trim_end_matches(['-', '.'])
 }
 
@@ -332,7 +335,10 @@ mod tests {
             (json!({}), "web-0"),
             (json!({"hostname": "db"}), "db"),
             (json!({"hostname": "db", "subdomain": "pg"}), "db"),
-            (json!({"hostname": "db", "subdomain": "pg", "setHostnameAsFQDN": true}), "db.pg.shop.svc.cluster.local"),
+            (
+                json!({"hostname": "db", "subdomain": "pg", "setHostnameAsFQDN": true}),
+                "db.pg.shop.svc.cluster.local",
+            ),
             (json!({"hostNetwork": true, "hostname": "db"}), "node-1"),
         ] {
             assert_eq!(hostname(&pod(spec.clone()), "node-1"), want, "{spec}");

@@ -57,12 +57,14 @@ impl PodExec {
             cgroup.join()?;
         }
         if let Some(path) = &self.netns {
-            let file = File::open(path).with_context(|| format!("open network namespace {}", path.display()))?;
+            let file =
+                File::open(path).with_context(|| format!("open network namespace {}", path.display()))?;
             setns(&file, CloneFlags::CLONE_NEWNET)
                 .with_context(|| format!("enter network namespace {}", path.display()))?;
         }
         if self.hostname.is_some() || self.hosts.is_some() || self.resolv_conf.is_some() {
-            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS).context("unshare mount and UTS namespaces")?;
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS)
+                .context("unshare mount and UTS namespaces")?;
             // Slave, not private: a network namespace that is deleted later must not live on in here.
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
                 .context("make mounts private")?;

@@ -298,7 +298,8 @@ impl LabSpec {
             if underlay_is_v6 && self.family == Family::Ipv4 {
                 return bad(
                     "--underlay-family",
-                    "direct routing of IPv4 pods needs an IPv4 underlay; use --mode vxlan for IPv4 over IPv6".into(),
+                    "direct routing of IPv4 pods needs an IPv4 underlay; use --mode vxlan for IPv4 over IPv6"
+                        .into(),
                 );
             }
         }
