@@ -1,0 +1,124 @@
+//! The decisions' host in user space: hash maps for tables, a slice for the packet.
+
+use std::{cell::RefCell, collections::HashMap};
+
+use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, NodeConfig, Peer, Source};
+use podway_datapath::{Bytes, Env, Observation, Scratch, Tables, track};
+
+/// Tables in hash maps.
+#[derive(Clone, Debug)]
+pub struct HostTables {
+    /// The node's configuration.
+    pub config: NodeConfig,
+    /// Pods by address.
+    pub endpoints: HashMap<Addr, Endpoint>,
+    /// Pods by interface.
+    pub sources: HashMap<u32, Source>,
+    /// Prefixes over the 16 bytes, in no order.
+    pub peers: Vec<(Addr, u32, Peer)>,
+    /// Flows.
+    pub conntrack: RefCell<HashMap<CtKey, CtEntry>>,
+}
+
+impl HostTables {
+    /// Empty tables under a configuration.
+    pub fn new(config: NodeConfig) -> Self {
+        Self {
+            config,
+            endpoints: HashMap::new(),
+            sources: HashMap::new(),
+            peers: Vec::new(),
+            conntrack: RefCell::default(),
+        }
+    }
+
+    /// Applies what a decision wants written.
+    pub fn apply(&self, scratch: &Scratch) {
+        if scratch.new_flow {
+            self.conntrack.borrow_mut().insert(scratch.ct_key, scratch.ct_entry);
+        }
+    }
+}
+
+impl Tables for HostTables {
+    fn config(&self) -> Option<NodeConfig> {
+        Some(self.config)
+    }
+
+    fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
+        self.endpoints.get(addr).copied()
+    }
+
+    fn source(&self, ifindex: u32) -> Option<Source> {
+        self.sources.get(&ifindex).copied()
+    }
+
+    fn peer(&self, addr: &Addr) -> Option<Peer> {
+        let bits = u128::from_be_bytes(addr.octets());
+        self.peers
+            .iter()
+            .filter(|(prefix, len, _)| {
+                let shift = 128 - len;
+                shift == 128 || u128::from_be_bytes(prefix.octets()) >> shift == bits >> shift
+            })
+            .max_by_key(|(_, len, _)| *len)
+            .map(|(_, _, peer)| *peer)
+    }
+
+    fn observe(&self, key: &CtKey, observation: &Observation) -> Option<CtEntry> {
+        let mut flows = self.conntrack.borrow_mut();
+        let entry = flows.get_mut(key)?;
+        track::observe(entry, observation);
+        Some(*entry)
+    }
+}
+
+/// A packet in a slice.
+pub struct PacketBytes<'a>(pub &'a [u8]);
+
+impl Bytes for PacketBytes<'_> {
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.get(offset..)?.first_chunk().copied()
+    }
+
+    fn len(&self) -> u32 {
+        u32::try_from(self.0.len()).unwrap_or(u32::MAX)
+    }
+}
+
+/// A hook with given surroundings.
+#[derive(Clone, Copy, Debug)]
+pub struct HostEnv {
+    /// The hook.
+    pub hook: Hook,
+    /// Interface it is attached to.
+    pub ifindex: u32,
+    /// The clock.
+    pub now_ns: u64,
+    /// Outer source of a decapsulated packet.
+    pub tunnel_source: Option<Addr>,
+    /// Whether the tunnel's other end was chosen before.
+    pub tunnel_chosen: bool,
+}
+
+impl Env for HostEnv {
+    fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    fn tunnel_source(&self) -> Option<Addr> {
+        self.tunnel_source
+    }
+
+    fn tunnel_chosen(&self) -> bool {
+        self.tunnel_chosen
+    }
+}
