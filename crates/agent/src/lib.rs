@@ -1,1 +1,4 @@
 //! Placeholder.
+pub mod ids;
+pub mod leases;
+mod adoption {}
