@@ -29,8 +29,12 @@ pub mod defaults;
 mod names;
 mod nodes;
 mod op;
+mod placement;
 mod planner;
 mod read;
+mod scheduler;
+mod selector;
+mod workloads;
 mod world;
 
 #[cfg(test)]
@@ -55,5 +59,7 @@ pub fn reconcile(world: &World<'_>, config: &Config) -> Plan {
         planner.say(event.clone());
     }
     nodes::reconcile(&mut planner);
+    workloads::reconcile(&mut planner);
+    scheduler::reconcile(&mut planner);
     planner.finish()
 }

@@ -52,7 +52,11 @@ pub(crate) fn template_hash(template: &Value) -> String {
     feed(template, &mut hash);
     let wide = hash.finish();
     let narrow = (wide >> 32) ^ (wide & 0xffff_ffff);
-    narrow.to_string().bytes().map(|digit| char::from(ALPHABET[usize::from(digit) % ALPHABET.len()])).collect()
+    narrow
+        .to_string()
+        .bytes()
+        .map(|digit| char::from(ALPHABET[usize::from(digit) % ALPHABET.len()]))
+        .collect()
 }
 
 fn feed(value: &Value, hash: &mut Fnv64) {

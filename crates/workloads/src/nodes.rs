@@ -14,7 +14,8 @@ const COMPONENT: &str = "cidrAllocator";
 
 /// Give every node without podCIDRs the lowest free subnet of each cluster CIDR.
 pub(crate) fn reconcile(planner: &mut Planner<'_, '_>) {
-    let mut pools: Vec<Pool> = planner.config.cluster_cidrs.iter().map(|c| Pool::new(*c, planner.config)).collect();
+    let mut pools: Vec<Pool> =
+        planner.config.cluster_cidrs.iter().map(|c| Pool::new(*c, planner.config)).collect();
     let mut without = Vec::new();
     for node in &planner.world.nodes {
         match pod_cidrs(node) {
@@ -49,19 +50,11 @@ pub(crate) fn reconcile(planner: &mut Planner<'_, '_>) {
             pool.used.sort_unstable();
         }
         let mut value = node.value.clone();
-        let spec = ensure_object(&mut value, "spec");
+        let spec = read::object_mut(&mut value, "spec");
         spec["podCIDR"] = json!(subnets[0].to_string());
         spec["podCIDRs"] = subnets.iter().map(ToString::to_string).collect();
         planner.update(value);
     }
-}
-
-fn ensure_object<'v>(value: &'v mut Value, key: &str) -> &'v mut Value {
-    let entry = &mut value[key];
-    if !entry.is_object() {
-        *entry = json!({});
-    }
-    entry
 }
 
 fn pod_cidrs(node: &Object<'_>) -> Result<Vec<IpNet>, Malformed> {
@@ -178,8 +171,11 @@ mod tests {
 
     #[test]
     fn an_exhausted_pool_is_reported_with_its_count() {
-        let config =
-            Config { cluster_cidrs: vec!["10.0.0.0/23".parse().unwrap()], first_node_subnet: 0, ..Config::default() };
+        let config = Config {
+            cluster_cidrs: vec!["10.0.0.0/23".parse().unwrap()],
+            first_node_subnet: 0,
+            ..Config::default()
+        };
         let mut cluster = Cluster::new(config);
         for i in 0..3 {
             cluster.apply_yaml(&format!("{{apiVersion: v1, kind: Node, metadata: {{name: n{i}}}}}"));

@@ -1,12 +1,14 @@
 //! Collects what the controllers decide in one reconcile, with the few rules that hold for all of them.
 
 use std::collections::HashSet;
+use std::rc::Rc;
 
 use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::config::Config;
 use crate::op::{Deletion, Event, EventType, Op};
+use crate::placement::NodeInfo;
 use crate::read::Malformed;
 use crate::world::{Kind, Object, World, invalid, involved};
 
@@ -33,6 +35,8 @@ impl IntoIterator for Plan {
 pub(crate) struct Planner<'w, 'a> {
     pub(crate) world: &'w World<'a>,
     pub(crate) config: &'w Config,
+    /// The nodes that pods can be placed on.
+    pub(crate) nodes: Rc<Vec<NodeInfo<'a>>>,
     plan: Plan,
     said: HashSet<Event>,
     /// Names given to objects created in this plan.
@@ -43,14 +47,24 @@ pub(crate) struct Planner<'w, 'a> {
 
 impl<'w, 'a> Planner<'w, 'a> {
     pub(crate) fn new(world: &'w World<'a>, config: &'w Config) -> Self {
-        Self {
+        let mut planner = Self {
             world,
             config,
+            nodes: Rc::default(),
             plan: Plan::default(),
             said: HashSet::new(),
             taken: HashSet::new(),
             touched: HashSet::new(),
+        };
+        let mut nodes = Vec::with_capacity(world.nodes.len());
+        for node in &world.nodes {
+            match NodeInfo::parse(node) {
+                Ok(info) => nodes.push(info),
+                Err(error) => planner.malformed(node, &error),
+            }
         }
+        planner.nodes = Rc::new(nodes);
+        planner
     }
 
     pub(crate) fn create(&mut self, object: Value) {

@@ -144,9 +144,21 @@ pub(crate) fn count_or_percent(
     }
 }
 
-/// Whether `labels` has `key` = `value`.
+/// The value of label `key`.
 pub(crate) fn label<'a>(labels: Labels<'a>, key: &str) -> Option<&'a str> {
     labels?.get(key)?.as_str()
+}
+
+/// The object at `key` of an object in the making; created, or put in the place of something else, when there is none.
+///
+/// # Panics
+/// When `value` itself is neither an object nor null.
+pub(crate) fn object_mut<'v>(value: &'v mut Value, key: &str) -> &'v mut Value {
+    let entry = &mut value[key];
+    if !entry.is_object() {
+        *entry = Value::Object(Map::new());
+    }
+    entry
 }
 
 /// A condition of `status.conditions` by type.
@@ -162,7 +174,8 @@ mod tests {
 
     #[test]
     fn wrong_types_name_field_and_cause() {
-        let object = json!({"spec": {"replicas": "three", "paused": 1, "ports": {}, "n": -1, "sel": {"a": 1}}});
+        let object =
+            json!({"spec": {"replicas": "three", "paused": 1, "ports": {}, "n": -1, "sel": {"a": 1}}});
         let replicas = count(&object, "spec.replicas").unwrap_err().to_string();
         assert_eq!(replicas, "spec.replicas: expected an integer from 0 to 2147483647, found \"three\"");
         assert!(boolean(&object, "spec.paused").is_err());

@@ -64,7 +64,8 @@ impl Cluster {
     /// Create, or replace the desired state and keep what the cluster added.
     pub(crate) fn apply(&mut self, mut value: Value) {
         let kind = key(&value).0;
-        let cluster_scoped = matches!(kind.as_str(), "Node" | "Namespace" | "ClusterRole" | "ClusterRoleBinding");
+        let cluster_scoped =
+            matches!(kind.as_str(), "Node" | "Namespace" | "ClusterRole" | "ClusterRoleBinding");
         if !cluster_scoped && value.pointer("/metadata/namespace").is_none() {
             value["metadata"]["namespace"] = "default".into();
         }
@@ -254,7 +255,11 @@ impl Cluster {
     /// Messages of the warnings about an object.
     pub(crate) fn events(&self, name: &str) -> Vec<String> {
         let about = |e: &&Value| e["involvedObject"]["name"] == name && e["type"] == "Warning";
-        self.all("Event").into_iter().filter(about).map(|e| e["message"].as_str().unwrap().to_owned()).collect()
+        self.all("Event")
+            .into_iter()
+            .filter(about)
+            .map(|e| e["message"].as_str().unwrap().to_owned())
+            .collect()
     }
 }
 

@@ -21,10 +21,11 @@ pub(crate) enum Kind {
     Service,
     Endpoints,
     EndpointSlice,
+    Namespace,
     Event,
 }
 
-const KINDS: usize = 11;
+const KINDS: usize = 12;
 
 impl Kind {
     fn of(group: &str, kind: &str) -> Option<Self> {
@@ -39,6 +40,7 @@ impl Kind {
             ("", "Service") => Self::Service,
             ("", "Endpoints") => Self::Endpoints,
             ("discovery.k8s.io", "EndpointSlice") => Self::EndpointSlice,
+            ("", "Namespace") => Self::Namespace,
             // One event is served under both groups; a store may keep it under either.
             ("" | "events.k8s.io", "Event") => Self::Event,
             _ => return None,
@@ -52,7 +54,9 @@ impl Kind {
             | Self::StatefulSet
             | Self::DaemonSet
             | Self::ControllerRevision => "apps/v1",
-            Self::ReplicationController | Self::Service | Self::Endpoints | Self::Event => "v1",
+            Self::ReplicationController | Self::Service | Self::Endpoints | Self::Namespace | Self::Event => {
+                "v1"
+            }
             Self::Job => "batch/v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
         }
@@ -70,6 +74,7 @@ impl Kind {
             Self::Service => "Service",
             Self::Endpoints => "Endpoints",
             Self::EndpointSlice => "EndpointSlice",
+            Self::Namespace => "Namespace",
             Self::Event => "Event",
         }
     }
@@ -273,6 +278,7 @@ impl<'a> World<'a> {
             Kind::Service,
             Kind::Endpoints,
             Kind::EndpointSlice,
+            Kind::Namespace,
         ] {
             for (i, object) in self.kinds[kind as usize].iter().enumerate() {
                 match object.controller {
@@ -295,13 +301,21 @@ impl<'a> World<'a> {
     }
 
     /// Objects of a kind that the object with this uid controls.
-    pub(crate) fn owned<'s>(&'s self, kind: Kind, uid: &'s str) -> impl Iterator<Item = Object<'a>> + use<'s, 'a> {
+    pub(crate) fn owned<'s>(
+        &'s self,
+        kind: Kind,
+        uid: &'s str,
+    ) -> impl Iterator<Item = Object<'a>> + use<'s, 'a> {
         let indexes = self.owned.get(&(kind, uid)).filter(|_| !uid.is_empty());
         indexes.into_iter().flatten().map(move |i| self.kinds[kind as usize][*i])
     }
 
     /// Objects of a kind in a namespace that nobody controls.
-    pub(crate) fn orphans<'s>(&'s self, kind: Kind, namespace: &'s str) -> impl Iterator<Item = Object<'a>> + use<'s, 'a> {
+    pub(crate) fn orphans<'s>(
+        &'s self,
+        kind: Kind,
+        namespace: &'s str,
+    ) -> impl Iterator<Item = Object<'a>> + use<'s, 'a> {
         self.orphans.get(&(kind, namespace)).into_iter().flatten().map(move |i| self.kinds[kind as usize][*i])
     }
 

@@ -30,7 +30,9 @@ pub fn apply(kind: &str, object: &mut Value) {
         "NetworkPolicy" => network_policy(object),
         "Namespace" => namespace(object),
         "Secret" => set(object, "type", || json!("Opaque")),
-        "PersistentVolumeClaim" => with(object, "spec", |spec| set(spec, "volumeMode", || json!("Filesystem"))),
+        "PersistentVolumeClaim" => {
+            with(object, "spec", |spec| set(spec, "volumeMode", || json!("Filesystem")))
+        }
         _ => {}
     }
 }
@@ -184,7 +186,11 @@ fn network_policy(object: &mut Map<String, Value>) {
             each(spec, direction, |rule| each(rule, "ports", |port| set(port, "protocol", || json!("TCP"))));
         }
         let has_egress = spec.get("egress").and_then(Value::as_array).is_some_and(|rules| !rules.is_empty());
-        set(spec, "policyTypes", || if has_egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) });
+        set(
+            spec,
+            "policyTypes",
+            || if has_egress { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) },
+        );
     });
 }
 
@@ -215,7 +221,9 @@ mod tests {
     #[test]
     fn wrong_types_are_left_alone() {
         for kind in ["Pod", "Deployment", "Service", "StatefulSet", "Job", "NetworkPolicy", "Namespace"] {
-            for object in [json!(1), json!({"spec": 3}), json!({"spec": {"template": [], "ports": {}}}), json!(null)] {
+            for object in
+                [json!(1), json!({"spec": 3}), json!({"spec": {"template": [], "ports": {}}}), json!(null)]
+            {
                 let spec = object.get("spec").cloned();
                 let after = applied(kind, object);
                 if spec.as_ref().is_some_and(Value::is_number) {
@@ -236,7 +244,8 @@ mod tests {
         assert_eq!(object["spec"]["template"]["spec"]["dnsPolicy"], "ClusterFirst");
         // Admission's additions are for pods, not for templates.
         assert!(object["spec"]["template"]["spec"].get("tolerations").is_none());
-        let object = applied("Deployment", json!({"spec": {"replicas": 0, "strategy": {"type": "Recreate"}}}));
+        let object =
+            applied("Deployment", json!({"spec": {"replicas": 0, "strategy": {"type": "Recreate"}}}));
         assert_eq!(object["spec"]["strategy"], json!({"type": "Recreate"}));
         assert_eq!(object["spec"]["replicas"], 0);
     }

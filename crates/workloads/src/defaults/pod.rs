@@ -68,7 +68,8 @@ fn mirror_service_account(spec: &mut Map<String, Value>) {
 }
 
 fn container(container: &mut Map<String, Value>) {
-    let policy = if image_is_latest(text(container, "image").unwrap_or_default()) { "Always" } else { "IfNotPresent" };
+    let policy =
+        if image_is_latest(text(container, "image").unwrap_or_default()) { "Always" } else { "IfNotPresent" };
     set(container, "imagePullPolicy", || json!(policy));
     set(container, "resources", || json!({}));
     set(container, "terminationMessagePath", || json!("/dev/termination-log"));
@@ -174,8 +175,11 @@ fn tolerate_briefly(spec: &mut Map<String, Value>) {
 fn qos_class(pod: &Map<String, Value>) -> &'static str {
     let spec = pod.get("spec");
     let lists = ["containers", "initContainers"];
-    let containers =
-        lists.iter().filter_map(|list| spec.and_then(|s| s.get(list))?.as_array()).flatten().collect::<Vec<_>>();
+    let containers = lists
+        .iter()
+        .filter_map(|list| spec.and_then(|s| s.get(list))?.as_array())
+        .flatten()
+        .collect::<Vec<_>>();
     let amount = |container: &Value, kind: &str, name: &str| {
         let amount = container.get("resources")?.get(kind)?.get(name)?;
         (!matches!(amount.as_str(), Some("" | "0")) && amount.as_i64() != Some(0)).then(|| amount.to_string())
@@ -224,9 +228,12 @@ mod tests {
         let once = pod.clone();
         apply("Pod", &mut pod);
         assert_eq!(pod, once);
-        let tolerations: Vec<_> =
-            ["not-ready", "unreachable"].map(|key| json!({"key": format!("node.kubernetes.io/{key}"),
-                "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300})).into();
+        let tolerations: Vec<_> = ["not-ready", "unreachable"]
+            .map(|key| {
+                json!({"key": format!("node.kubernetes.io/{key}"),
+                "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300})
+            })
+            .into();
         assert_eq!(
             pod["spec"],
             json!({

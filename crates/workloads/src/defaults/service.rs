@@ -28,7 +28,8 @@ pub(super) fn service(object: &mut Map<String, Value>) {
             }
         });
         let type_ = text(spec, "type").unwrap_or_default().to_owned();
-        let has_external_ips = spec.get("externalIPs").and_then(Value::as_array).is_some_and(|ips| !ips.is_empty());
+        let has_external_ips =
+            spec.get("externalIPs").and_then(Value::as_array).is_some_and(|ips| !ips.is_empty());
         let exposed = matches!(type_.as_str(), "NodePort" | "LoadBalancer");
         if exposed || type_ == "ClusterIP" && has_external_ips {
             set(spec, "externalTrafficPolicy", || json!("Cluster"));
