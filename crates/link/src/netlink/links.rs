@@ -62,7 +62,8 @@ pub struct VethSpec<'a> {
     pub mac: Option<[u8; 6]>,
     /// Alias of the side in this namespace, at most 255 bytes.
     pub alias: Option<String>,
-    /// Set both sides up.
+    /// Set the side in this namespace up. The peer cannot be in the same request: the kernel configures it
+    /// before it has a peer itself and refuses (`veth_open`: ENOTCONN).
     pub up: bool,
     /// Give the side in this namespace no IPv6 link-local address of the kernel's own.
     pub addr_gen_none: bool,
@@ -116,9 +117,6 @@ impl Netlink {
         let mut peer = named(&spec.peer_name, spec.peer_mtu, spec.peer_mac);
         if let Some(namespace) = spec.peer_ns {
             peer.attributes.push(LinkAttribute::NetNsFd(namespace.as_fd().as_raw_fd()));
-        }
-        if spec.up {
-            set_flag(&mut peer, LinkFlags::Up, true);
         }
         let mut message = named(&spec.name, spec.mtu, spec.mac);
         message.attributes.push(LinkAttribute::LinkInfo(vec![
