@@ -17,8 +17,8 @@ pub use addr::Addr;
 pub use conntrack::{CtEntry, CtKey, Direction, ct_flags};
 pub use reason::{Hook, REASON_SLOTS, Reason, counter_index};
 pub use tables::{
-    Counter, Endpoint, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, Mac, NodeConfig, Peer, Source, mode,
-    node_flags, peer_flags,
+    Counter, Endpoint, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, Mac, NodeConfig, Peer, Source,
+    mode, node_flags, peer_flags,
 };
 
 /// Version of every layout in this crate; part of the pin path of the maps.

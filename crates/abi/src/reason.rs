@@ -18,7 +18,8 @@ pub enum Hook {
 
 impl Hook {
     /// Every hook, in the order of its number.
-    pub const ALL: [Hook; 5] = [Hook::FromPod, Hook::ToPod, Hook::FromUplink, Hook::FromTunnel, Hook::ToTunnel];
+    pub const ALL: [Hook; 5] =
+        [Hook::FromPod, Hook::ToPod, Hook::FromUplink, Hook::FromTunnel, Hook::ToTunnel];
 
     /// The name used in metrics and program pins.
     pub const fn name(self) -> &'static str {

@@ -14,7 +14,7 @@ use aya::{
     },
     util::KernelVersion,
 };
-use nix::net::if_::if_indextoname;
+use nix::{errno::Errno, net::if_::if_indextoname};
 use podway_abi::Hook;
 
 use crate::{Datapath, Error, Result, program};
@@ -120,7 +120,7 @@ impl Datapath {
                 let Ok(interface) = interface_name(ifindex, hook) else { return Ok(()) };
                 match tc::qdisc_detach_program(&interface, direction(hook), hook.name()) {
                     Ok(()) => Ok(()),
-                    Err(e) if io_kind(&e) == Some(ErrorKind::NotFound) => Ok(()),
+                    Err(tc::TcError::IoError(e)) if e.kind() == ErrorKind::NotFound => Ok(()),
                     Err(e) => Err(failed("detach", hook, &interface, e)),
                 }
             }
@@ -166,9 +166,7 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
 
 fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<()> {
     match tc::qdisc_add_clsact(interface) {
-        Ok(()) => {}
-        Err(tc::TcError::AlreadyAttached) => {}
-        Err(e) if io_kind(&e) == Some(ErrorKind::AlreadyExists) => {}
+        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
         Err(e) => return Err(failed("attach", hook, interface, e)),
     }
     let old = SchedClassifierLink::attached(interface, direction(hook), FILTER_PRIORITY, FILTER_HANDLE, None)
@@ -188,17 +186,6 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
     Ok(())
 }
 
-fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<ErrorKind> {
-    let mut cause = Some(error);
-    while let Some(e) = cause {
-        if let Some(io) = e.downcast_ref::<std::io::Error>() {
-            return Some(io.kind());
-        }
-        cause = e.source();
-    }
-    None
-}
-
 fn remove_pin(pin: &Path) -> Result<()> {
     match fs::remove_file(pin) {
         Ok(()) => Ok(()),
@@ -208,9 +195,12 @@ fn remove_pin(pin: &Path) -> Result<()> {
 }
 
 fn interface_name(ifindex: u32, hook: Hook) -> Result<String> {
-    if_indextoname(ifindex)
-        .map_err(|e| failed("attach", hook, &ifindex.to_string(), std::io::Error::from(e)))
-        .map(|name| name.to_string_lossy().into_owned())
+    // An index without a device may also come back as an empty name.
+    match if_indextoname(ifindex) {
+        Ok(name) if !name.is_empty() => Ok(name.to_string_lossy().into_owned()),
+        Ok(_) => Err(failed("attach", hook, &ifindex.to_string(), std::io::Error::from(Errno::ENODEV))),
+        Err(e) => Err(failed("attach", hook, &ifindex.to_string(), std::io::Error::from(e))),
+    }
 }
 
 fn failed(
@@ -221,4 +211,3 @@ fn failed(
 ) -> Error {
     Error::Attach { operation, hook: hook.name(), interface: interface.to_owned(), source: Box::new(source) }
 }
-

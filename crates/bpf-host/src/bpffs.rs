@@ -25,7 +25,8 @@ pub(crate) fn ensure_mounted(pin_dir: &Path) -> Result<()> {
     }
     let default = Path::new(DEFAULT_MOUNT);
     if !pin_dir.starts_with(default) {
-        let source = std::io::Error::other("it is not on a BPF file system; mount one there or choose /sys/fs/bpf");
+        let source =
+            std::io::Error::other("it is not on a BPF file system; mount one there or choose /sys/fs/bpf");
         return Err(Error::io("pin under", pin_dir, source));
     }
     mount(Some("bpf"), default, Some("bpf"), MsFlags::empty(), Some("mode=0700"))

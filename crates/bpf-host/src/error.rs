@@ -14,7 +14,9 @@ pub enum Error {
     #[error("this build of podway holds no kernel object; build it with `make build`")]
     NoKernelObject,
     /// The embedded object lacks something that this code expects.
-    #[error("the kernel object has no {what} {name}: object and binary are of different versions; rebuild both")]
+    #[error(
+        "the kernel object has no {what} {name}: object and binary are of different versions; rebuild both"
+    )]
     Missing {
         /// Map or program.
         what: &'static str,

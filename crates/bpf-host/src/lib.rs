@@ -273,7 +273,10 @@ fn source_of(endpoint: &Endpoint) -> Result<Source> {
         if *slot != Addr::UNSPECIFIED {
             return Err(Error::BadEndpoint {
                 ifindex: endpoint.ifindex,
-                cause: format!("has {} and {ip}: at most one address of each family is possible", IpAddr::from(*slot)),
+                cause: format!(
+                    "has {} and {ip}: at most one address of each family is possible",
+                    IpAddr::from(*slot)
+                ),
             });
         }
         *slot = Addr::from(*ip);
@@ -284,10 +287,15 @@ fn source_of(endpoint: &Endpoint) -> Result<Source> {
     Ok(source)
 }
 
-pub(crate) fn ignore_missing(result: std::result::Result<(), aya::maps::MapError>, map: &'static str) -> Result<()> {
+pub(crate) fn ignore_missing(
+    result: std::result::Result<(), aya::maps::MapError>,
+    map: &'static str,
+) -> Result<()> {
     match result {
         Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
-        Err(aya::maps::MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(aya::maps::MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(())
+        }
         Err(e) => Err(Error::map(map, e)),
     }
 }

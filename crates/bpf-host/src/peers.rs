@@ -45,7 +45,8 @@ impl Datapath {
     pub fn sync_peers(&self, wanted: &BTreeMap<IpNet, Peer>) -> Result<SyncReport> {
         for prefix in wanted.keys() {
             // IPv4 lives at ::ffff:0:0/96 of the same tree.
-            if matches!(prefix, IpNet::V6(v6) if v6.prefix_len() < 96 && v6.contains(&"::ffff:0:0".parse::<std::net::Ipv6Addr>().expect("a valid address"))) {
+            if matches!(prefix, IpNet::V6(v6) if v6.prefix_len() < 96 && v6.contains(&"::ffff:0:0".parse::<std::net::Ipv6Addr>().expect("a valid address")))
+            {
                 return Err(Error::BadPeer {
                     prefix: prefix.to_string(),
                     cause: "would match every IPv4 address as well; the cluster's ranges are longer",

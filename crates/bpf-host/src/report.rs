@@ -65,8 +65,10 @@ impl Datapath {
         let mut all = Vec::new();
         for hook in Hook::ALL {
             for reason in Reason::ALL {
-                let per_cpu =
-                    maps.counters.get(&counter_index(hook, *reason), 0).map_err(|e| Error::map("COUNTERS", e))?;
+                let per_cpu = maps
+                    .counters
+                    .get(&counter_index(hook, *reason), 0)
+                    .map_err(|e| Error::map("COUNTERS", e))?;
                 let packets: u64 = per_cpu.iter().map(|c| c.packets).sum();
                 if packets == 0 {
                     continue;
@@ -98,7 +100,11 @@ impl Datapath {
             None => (maps.peers.keys().count(), maps.prefixes.keys().count()),
         };
         let flows = maps.swept.map_or_else(|| maps.conntrack.keys().count(), |s| s.live);
-        let fill = |name, entries: usize, max: u32| MapFill { name, entries: count(entries), max_entries: max.into() };
+        let fill = |name, entries: usize, max: u32| MapFill {
+            name,
+            entries: count(entries),
+            max_entries: max.into(),
+        };
         Ok(vec![
             fill("endpoints", maps.endpoints.keys().count(), MAX_ENDPOINTS),
             fill("sources", maps.sources.keys().count(), MAX_ENDPOINTS),
@@ -145,11 +151,7 @@ impl Datapath {
         };
         let result = program.test_run(options).map_err(|e| Error::load(hook.name(), e))?;
         out.truncate(usize::try_from(result.data_size_out).unwrap_or(usize::MAX));
-        Ok(TestRun {
-            code: result.return_value.cast_signed(),
-            packet: out,
-            duration: result.duration,
-        })
+        Ok(TestRun { code: result.return_value.cast_signed(), packet: out, duration: result.duration })
     }
 }
 

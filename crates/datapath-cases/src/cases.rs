@@ -6,7 +6,8 @@ use podway_datapath::Verdict;
 use crate::{
     frames::{self, L4, TTL, arp, ip, later_fragment, neighbour_solicitation},
     world::{
-        HOST_1_MAC, HOST_2_MAC, NODE, OTHER_NODE, OTHER_POD, OUTSIDE, POD_1, POD_1_MAC, POD_2, POD_2_MAC, addr,
+        HOST_1_MAC, HOST_2_MAC, NODE, OTHER_NODE, OTHER_POD, OUTSIDE, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
+        addr,
     },
 };
 
@@ -70,7 +71,13 @@ const fn drop(reason: Reason) -> Expect {
 }
 
 const fn deliver(target: Target) -> Expect {
-    Expect { verdict: Verdict::ToPod, reason: Reason::Delivered, target: Some(target), tunnel: None, tracked: true }
+    Expect {
+        verdict: Verdict::ToPod,
+        reason: Reason::Delivered,
+        target: Some(target),
+        tunnel: None,
+        tracked: true,
+    }
 }
 
 const fn tracked(mut expect: Expect) -> Expect {
@@ -85,7 +92,13 @@ const fn untracked(mut expect: Expect) -> Expect {
 
 fn encapsulate(verdict: Verdict, other: &str) -> Expect {
     let tunnel = Some(addr(other));
-    Expect { verdict, reason: Reason::Encapsulated, target: None, tunnel, tracked: verdict == Verdict::ToTunnel }
+    Expect {
+        verdict,
+        reason: Reason::Encapsulated,
+        target: None,
+        tunnel,
+        tracked: verdict == Verdict::ToTunnel,
+    }
 }
 
 const ROUTED: Expect =
@@ -125,7 +138,15 @@ impl Builder<'_> {
         self.add_outer(name, hook, at, frame, None, expect);
     }
 
-    fn add_outer(&mut self, name: &str, hook: Hook, at: At, frame: Vec<u8>, outer: Option<Addr>, expect: Expect) {
+    fn add_outer(
+        &mut self,
+        name: &str,
+        hook: Hook,
+        at: At,
+        frame: Vec<u8>,
+        outer: Option<Addr>,
+        expect: Expect,
+    ) {
         let mode = if self.overlay { "overlay" } else { "direct" };
         let family = if self.family == 0 { "IPv4" } else { "IPv6" };
         let name = format!("{mode}, {family}, {}: {name}", hook.name());
@@ -165,7 +186,8 @@ impl Builder<'_> {
 
     fn spoofed(&mut self) {
         let udp = L4::Udp(40_000, 53);
-        for (name, src) in [("its neighbour", POD_2), ("its node", NODE), ("another pod", OTHER_POD), ("anyone", OUTSIDE)]
+        for (name, src) in
+            [("its neighbour", POD_2), ("its node", NODE), ("another pod", OTHER_POD), ("anyone", OUTSIDE)]
         {
             let frame = self.ip(GATEWAY, src, POD_2, udp);
             self.add(&format!("as {name}"), Hook::FromPod, At::Pod1, frame, drop(Reason::SpoofedAddress));
@@ -174,7 +196,13 @@ impl Builder<'_> {
         self.add("from its neighbour's MAC", Hook::FromPod, At::Pod1, frame, drop(Reason::SpoofedMac));
         let unspecified = ["0.0.0.0", "::"];
         let frame = self.ip(GATEWAY, unspecified, POD_2, udp);
-        self.add("from the unspecified address", Hook::FromPod, At::Pod1, frame, drop(Reason::SpoofedAddress));
+        self.add(
+            "from the unspecified address",
+            Hook::FromPod,
+            At::Pod1,
+            frame,
+            drop(Reason::SpoofedAddress),
+        );
     }
 
     fn to_pod(&mut self) {
@@ -189,13 +217,25 @@ impl Builder<'_> {
         let frame = self.ip(WIRE, OTHER_NODE, NODE, udp);
         self.add("another node to this node", Hook::FromUplink, At::Uplink, frame, pass(Reason::ToStack));
         let frame = self.ip(WIRE, OUTSIDE, POD_1, udp);
-        self.add("from beyond the cluster to a pod", Hook::FromUplink, At::Uplink, frame, pass(Reason::ToStack));
+        self.add(
+            "from beyond the cluster to a pod",
+            Hook::FromUplink,
+            At::Uplink,
+            frame,
+            pass(Reason::ToStack),
+        );
         let frame = self.ip(WIRE, OTHER_POD, POD_1, udp);
         let remote_pod = if self.overlay { drop(Reason::UntunneledPodSource) } else { deliver(1) };
         self.add("another node's pod to a pod", Hook::FromUplink, At::Uplink, frame, remote_pod);
         for (name, src) in [("this node", NODE), ("a pod of this node", POD_2)] {
             let frame = self.ip(WIRE, src, POD_1, udp);
-            self.add(&format!("claiming to be {name}"), Hook::FromUplink, At::Uplink, frame, drop(Reason::OwnSource));
+            self.add(
+                &format!("claiming to be {name}"),
+                Hook::FromUplink,
+                At::Uplink,
+                frame,
+                drop(Reason::OwnSource),
+            );
         }
     }
 
@@ -240,7 +280,13 @@ impl Builder<'_> {
         self.family = 1;
         for (name, src) in [("DAD", "::"), ("link-local", "fe80::2"), ("own", POD_1[1])] {
             let frame = neighbour_solicitation(GATEWAY, src, "ff02::1:ff00:1");
-            self.add(&format!("neighbour solicitation, {name} source"), Hook::FromPod, At::Pod1, frame, control);
+            self.add(
+                &format!("neighbour solicitation, {name} source"),
+                Hook::FromPod,
+                At::Pod1,
+                frame,
+                control,
+            );
         }
         let frame = neighbour_solicitation(GATEWAY, POD_2[1], "ff02::1:ff00:1");
         self.add("neighbour solicitation as its neighbour", Hook::FromPod, At::Pod1, frame, expect);

@@ -94,7 +94,8 @@ pub fn write_ipv4_checksum(frame: &mut [u8]) {
 /// header with its checksum is right.
 pub fn ipv4_checksum(frame: &[u8]) -> u16 {
     let len = usize::from(frame[14] & 0x0f) * 4;
-    let mut sum: u32 = frame[14..14 + len].chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c[1]]))).sum();
+    let mut sum: u32 =
+        frame[14..14 + len].chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c[1]]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

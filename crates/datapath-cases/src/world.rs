@@ -60,7 +60,11 @@ pub fn peers() -> Vec<(Addr, u8, Peer)> {
     let mut all = Vec::new();
     for family in 0..2 {
         let host = if family == 0 { 32 } else { 128 };
-        all.push((addr(NODE[family]), host, Peer { node: here, flags: peer_flags::NODE | peer_flags::LOCAL }));
+        all.push((
+            addr(NODE[family]),
+            host,
+            Peer { node: here, flags: peer_flags::NODE | peer_flags::LOCAL },
+        ));
         all.push((addr(OTHER_NODE[family]), host, Peer { node: there, flags: peer_flags::NODE }));
         let (own, own_len) = OWN_RANGES[family];
         all.push((addr(own), own_len, Peer { node: here, flags: peer_flags::LOCAL }));

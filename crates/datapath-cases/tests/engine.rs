@@ -18,7 +18,13 @@ fn env(case: &Case) -> HostEnv {
         At::Uplink => INTERFACES.uplink,
         At::Tunnel => INTERFACES.tunnel,
     };
-    HostEnv { hook: case.hook, ifindex, now_ns: 1_000_000_000, tunnel_source: case.outer, tunnel_chosen: false }
+    HostEnv {
+        hook: case.hook,
+        ifindex,
+        now_ns: 1_000_000_000,
+        tunnel_source: case.outer,
+        tunnel_chosen: false,
+    }
 }
 
 #[test]
@@ -27,7 +33,12 @@ fn every_case_is_decided_as_expected() {
         let tables = world::tables(case.overlay, &INTERFACES);
         let mut scratch = Scratch::new();
         let action = decide(&PacketBytes(&case.frame), &tables, &env(&case), &mut scratch);
-        assert_eq!((action.verdict, action.reason), (case.expect.verdict, case.expect.reason), "{}", case.name);
+        assert_eq!(
+            (action.verdict, action.reason),
+            (case.expect.verdict, case.expect.reason),
+            "{}",
+            case.name
+        );
         if let Some(target) = case.expect.target {
             assert_eq!(scratch.target.id, target, "{}", case.name);
         }
@@ -78,8 +89,12 @@ fn play(segments: &[(bool, u8, u64)]) -> (podway_abi::CtEntry, usize) {
 
 #[test]
 fn a_connection_is_one_flow_in_both_directions() {
-    let (entry, flows) =
-        play(&[(true, tcp::SYN, 1), (false, tcp::SYN | tcp::ACK, 1), (true, tcp::ACK, 1), (false, tcp::ACK, 2)]);
+    let (entry, flows) = play(&[
+        (true, tcp::SYN, 1),
+        (false, tcp::SYN | tcp::ACK, 1),
+        (true, tcp::ACK, 1),
+        (false, tcp::ACK, 2),
+    ]);
     assert_eq!(flows, 1);
     assert_eq!(entry.packets, [2, 2]);
     assert_ne!(entry.flags & ct_flags::REPLIED, 0);
@@ -164,7 +179,8 @@ fn run(tables: &HostTables, hook: Hook, bytes: &[u8]) {
     };
     let mut scratch = Scratch::new();
     let action = decide(&PacketBytes(bytes), tables, &env, &mut scratch);
-    let forwarded = !matches!(action.verdict, podway_datapath::Verdict::Drop | podway_datapath::Verdict::Pass);
+    let forwarded =
+        !matches!(action.verdict, podway_datapath::Verdict::Drop | podway_datapath::Verdict::Pass);
     if hook == Hook::FromPod && forwarded {
         let own = [world::addr(POD_1[0]), world::addr(POD_1[1])];
         assert!(own.contains(&scratch.packet.src), "forwarded from {}", scratch.packet.src);

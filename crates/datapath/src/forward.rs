@@ -53,7 +53,12 @@ pub fn to_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch:
 
 /// What arrives on the underlay. Everything that is not for a pod belongs to the node and passes.
 #[inline(always)]
-pub fn from_uplink(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
+pub fn from_uplink(
+    bytes: &impl Bytes,
+    tables: &impl Tables,
+    env: &impl Env,
+    scratch: &mut Scratch,
+) -> Action {
     let Some(config) = configured(tables) else { return Action::pass(Reason::ToStack) };
     if packet::parse(bytes, &mut scratch.packet).is_err() || matches!(scratch.packet.kind, Kind::Arp) {
         return Action::pass(Reason::ToStack);
@@ -75,7 +80,12 @@ pub fn from_uplink(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scr
 
 /// What comes out of the tunnel: for a pod here, or for the node itself.
 #[inline(always)]
-pub fn from_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
+pub fn from_tunnel(
+    bytes: &impl Bytes,
+    tables: &impl Tables,
+    env: &impl Env,
+    scratch: &mut Scratch,
+) -> Action {
     if configured(tables).is_none() {
         return Action::drop(Reason::NotConfigured);
     }

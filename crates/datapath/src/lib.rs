@@ -135,7 +135,14 @@ impl Scratch {
             packet: Packet::EMPTY,
             target: Endpoint { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6] },
             tunnel: Addr::UNSPECIFIED,
-            ct_key: CtKey { a: Addr::UNSPECIFIED, b: Addr::UNSPECIFIED, a_port: 0, b_port: 0, proto: 0, pad: [0; 3] },
+            ct_key: CtKey {
+                a: Addr::UNSPECIFIED,
+                b: Addr::UNSPECIFIED,
+                a_port: 0,
+                b_port: 0,
+                proto: 0,
+                pad: [0; 3],
+            },
             ct_entry: CtEntry {
                 created_ns: 0,
                 last_seen_ns: 0,

@@ -29,6 +29,10 @@ pub struct Rejection {
 impl Rejection {
     /// `namespace/name`, or the name alone.
     pub fn object(&self) -> String {
-        if self.namespace.is_empty() { self.name.clone() } else { format!("{}/{}", self.namespace, self.name) }
+        if self.namespace.is_empty() {
+            self.name.clone()
+        } else {
+            format!("{}/{}", self.namespace, self.name)
+        }
     }
 }

@@ -84,8 +84,9 @@ fn pod_cidrs(object: &Object<'_>) -> Result<Vec<IpNet>, Rejection> {
     let mut texts = Vec::new();
     for (i, entry) in listed.iter().enumerate() {
         let field = format!("spec.podCIDRs[{i}]");
-        let text =
-            entry.as_str().ok_or_else(|| object.reject(&field, &format!("is {}, not a string", type_name(entry))))?;
+        let text = entry
+            .as_str()
+            .ok_or_else(|| object.reject(&field, &format!("is {}, not a string", type_name(entry))))?;
         texts.push((field, text));
     }
     if texts.is_empty()
@@ -100,7 +101,9 @@ fn pod_cidrs(object: &Object<'_>) -> Result<Vec<IpNet>, Rejection> {
             .parse()
             .map_err(|_| object.reject(&field, &format!("{text:?} is not a CIDR such as 10.244.1.0/24")))?;
         if cidr.trunc() != cidr {
-            return Err(object.reject(&field, &format!("{cidr} has host bits set; the range is {}", cidr.trunc())));
+            return Err(
+                object.reject(&field, &format!("{cidr} has host bits set; the range is {}", cidr.trunc()))
+            );
         }
         let shortest = if matches!(cidr, IpNet::V4(_)) { 8 } else { 32 };
         let longest = cidr.max_prefix_len() - 2;
@@ -112,7 +115,8 @@ fn pod_cidrs(object: &Object<'_>) -> Result<Vec<IpNet>, Rejection> {
             return Err(object.reject(&field, &format!("{cidr} cannot hold pod addresses")));
         }
         if let Some(same) = cidrs.iter().find(|c| c.max_prefix_len() == cidr.max_prefix_len()) {
-            let cause = format!("{cidr} is the second range of its family after {same}; one of each is possible");
+            let cause =
+                format!("{cidr} is the second range of its family after {same}; one of each is possible");
             return Err(object.reject(&field, &cause));
         }
         cidrs.push(cidr);
@@ -132,10 +136,10 @@ fn labels(object: &Object<'_>, value: &Value) -> Result<BTreeMap<String, String>
     map.iter()
         .map(|(key, v)| match v {
             Value::String(s) => Ok((key.clone(), s.clone())),
-            other => {
-                Err(object
-                    .reject(&format!("metadata.labels[{key}]"), &format!("is {}, not a string", type_name(other))))
-            }
+            other => Err(object.reject(
+                &format!("metadata.labels[{key}]"),
+                &format!("is {}, not a string", type_name(other)),
+            )),
         })
         .collect()
 }
@@ -179,9 +183,24 @@ mod tests {
             (json!({"podCIDRs": "x"}), json!([]), "spec.podCIDRs", "not a list"),
             (json!({"podCIDR": "0.0.0.0/0"}), json!([]), "spec.podCIDR", "between /8 and /30"),
             (json!({"podCIDRs": ["::ffff:10.0.0.0/104"]}), json!([]), "spec.podCIDRs[0]", "cannot hold"),
-            (json!({"podCIDRs": ["10.1.0.0/24", "10.2.0.0/24"]}), json!([]), "spec.podCIDRs[1]", "second range"),
-            (json!({}), json!([{"type": "InternalIP", "address": "no"}]), "status.addresses[0].address", "not an IP"),
-            (json!({}), json!([{"type": "InternalIP", "address": "127.0.0.1"}]), "status.addresses[0].address", "cannot"),
+            (
+                json!({"podCIDRs": ["10.1.0.0/24", "10.2.0.0/24"]}),
+                json!([]),
+                "spec.podCIDRs[1]",
+                "second range",
+            ),
+            (
+                json!({}),
+                json!([{"type": "InternalIP", "address": "no"}]),
+                "status.addresses[0].address",
+                "not an IP",
+            ),
+            (
+                json!({}),
+                json!([{"type": "InternalIP", "address": "127.0.0.1"}]),
+                "status.addresses[0].address",
+                "cannot",
+            ),
             (json!({}), json!({"a": 1}), "status.addresses", "not a list"),
         ];
         for (spec, addresses, field, cause) in cases {

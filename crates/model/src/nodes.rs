@@ -121,8 +121,12 @@ fn refusals(nodes: &BTreeMap<String, Node>) -> BTreeMap<String, Vec<Rejection>> 
     for node in by_age {
         for (i, cidr) in node.pod_cidrs.iter().enumerate() {
             let first = cidr.network();
-            let neighbours =
-                used.range(..=first).next_back().into_iter().chain(used.range(first..).next()).map(|(_, v)| v);
+            let neighbours = used
+                .range(..=first)
+                .next_back()
+                .into_iter()
+                .chain(used.range(first..).next())
+                .map(|(_, v)| v);
             let overlap = neighbours
                 .filter(|(other, _)| other.contains(cidr) || cidr.contains(other))
                 .map(|(other, owner)| {
@@ -175,7 +179,9 @@ mod tests {
     #[test]
     fn the_younger_of_two_overlapping_nodes_is_refused_by_name() {
         let mut nodes = Nodes::new();
-        assert!(nodes.apply(NodeChange::Set(node("young", "2026-02-01", &[], &["10.244.1.0/25"]))).is_empty());
+        assert!(
+            nodes.apply(NodeChange::Set(node("young", "2026-02-01", &[], &["10.244.1.0/25"]))).is_empty()
+        );
         let new = nodes.apply(NodeChange::Set(node("old", "2026-01-01", &[], &["10.244.1.0/24"])));
         assert_eq!(new.len(), 1);
         assert_eq!(new[0].name, "young");
@@ -192,7 +198,8 @@ mod tests {
     fn a_range_that_holds_a_nodes_address_is_refused() {
         let mut nodes = Nodes::new();
         nodes.apply(NodeChange::Set(node("a", "1", &["172.18.1.1"], &["10.244.1.0/24"])));
-        let new = nodes.apply(NodeChange::Set(node("b", "2", &["172.18.1.2"], &["172.18.0.0/16", "fd00::/64"])));
+        let new =
+            nodes.apply(NodeChange::Set(node("b", "2", &["172.18.1.2"], &["172.18.0.0/16", "fd00::/64"])));
         assert_eq!(new.len(), 1);
         assert!(new[0].cause.contains("172.18.1.1, the underlay address of node a"), "{}", new[0].cause);
         assert_eq!(nodes.pod_cidrs("b"), vec!["fd00::/64".parse::<IpNet>().unwrap()]);

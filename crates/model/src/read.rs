@@ -28,7 +28,9 @@ impl<'a> Object<'a> {
         match self.value.pointer(pointer) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),
-            Some(other) => Err(self.reject(&dotted(pointer), &format!("is {}, not a string", type_name(other)))),
+            Some(other) => {
+                Err(self.reject(&dotted(pointer), &format!("is {}, not a string", type_name(other))))
+            }
         }
     }
 
@@ -37,12 +39,16 @@ impl<'a> Object<'a> {
         match self.value.pointer(pointer) {
             None | Some(Value::Null) => Ok(&[]),
             Some(Value::Array(items)) => Ok(items),
-            Some(other) => Err(self.reject(&dotted(pointer), &format!("is {}, not a list", type_name(other)))),
+            Some(other) => {
+                Err(self.reject(&dotted(pointer), &format!("is {}, not a list", type_name(other))))
+            }
         }
     }
 
     pub(crate) fn reject(&self, field: &str, cause: &str) -> Rejection {
-        let text = |pointer: &str| self.value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let text = |pointer: &str| {
+            self.value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+        };
         let name = text("/metadata/name");
         Rejection {
             kind: self.kind.to_owned(),

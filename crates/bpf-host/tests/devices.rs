@@ -1,0 +1,380 @@
+//! The cases with real packets on real devices, in namespaces of their own.
+//!
+//! A node with two pods, an underlay link to a "wire" namespace and a VXLAN device. Frames go in by packet
+//! sockets and are caught by packet sockets; the tunnel's are wrapped in VXLAN by the test and by the kernel.
+
+mod support;
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use nix::libc;
+use podway_abi::{Hook, Mac, Reason};
+use podway_bpf_host::AttachMethod;
+use podway_datapath::Verdict;
+use podway_datapath_cases::{
+    At,
+    cases::{self, Case},
+    frames::{L4, PAYLOAD, ip},
+    world::{
+        HOST_1_MAC, HOST_2_MAC, Interfaces, NODE, OTHER_NODE, OTHER_RANGES, POD_1, POD_1_MAC, POD_2,
+        POD_2_MAC,
+    },
+};
+use podway_link::{AddressFlags, Netlink, Netns, Route, VethSpec, VxlanSpec, sysctl};
+use support::{TestDatapath, can_run};
+
+const NODE_MAC: Mac = [0x02, 0, 0, 0, 8, 1];
+const WIRE_MAC: Mac = [0x02, 0, 0, 0, 8, 2];
+const VXLAN_PORT: u16 = 8472;
+/// Longest wait for a packet that must come.
+const SOON: Duration = Duration::from_secs(2);
+/// Wait for a packet that must not come.
+const NEVER: Duration = Duration::from_millis(30);
+
+/// The namespaces; removed at the end.
+struct Net {
+    prefix: String,
+    node: Netns,
+    pods: [Netns; 2],
+    wire: Netns,
+    interfaces: Interfaces,
+}
+
+impl Net {
+    fn new(prefix: &str) -> Self {
+        remove(prefix);
+        let named = |name: &str| Netns::create_named(&format!("{prefix}-{name}")).unwrap();
+        let (node, pods, wire) = (named("node"), [named("pod1"), named("pod2")], named("wire"));
+        node.run(|| {
+            for name in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
+                sysctl::write(name, "1").unwrap();
+            }
+            for name in ["all", "default"] {
+                sysctl::write(&format!("net/ipv4/conf/{name}/rp_filter"), "0").unwrap();
+            }
+        })
+        .unwrap();
+        let mut netlink = Netlink::open_in(&node).unwrap();
+        let mut pod = |name: &str, host_mac, pod_mac, pod: &Netns| {
+            let spec = VethSpec {
+                name: name.to_owned(),
+                mac: Some(host_mac),
+                up: true,
+                addr_gen_none: true,
+                peer_name: "eth0".to_owned(),
+                peer_mac: Some(pod_mac),
+                peer_ns: Some(pod),
+                ..VethSpec::default()
+            };
+            let index = netlink.create_veth(&spec).unwrap().index;
+            let mut inside = Netlink::open_in(pod).unwrap();
+            let peer = inside.link_by_name("eth0").unwrap().unwrap();
+            inside.set_addr_gen_none(peer.index).unwrap();
+            inside.set_up(peer.index).unwrap();
+            index
+        };
+        let pod_1 = pod("pod1", HOST_1_MAC, POD_1_MAC, &pods[0]);
+        let pod_2 = pod("pod2", HOST_2_MAC, POD_2_MAC, &pods[1]);
+        let uplink = pod("eth0", NODE_MAC, WIRE_MAC, &wire);
+        let tunnel = netlink.create_vxlan(&VxlanSpec::default()).unwrap().index;
+        let interfaces = Interfaces { pod_1, pod_2, uplink, tunnel };
+        for (family, node_address) in NODE.iter().enumerate() {
+            let len = if family == 0 { 16 } else { 64 };
+            let address = IpNet::new(node_address.parse().unwrap(), len).unwrap();
+            let flags = AddressFlags { nodad: true, ..AddressFlags::default() };
+            netlink.add_address(uplink, address, flags).unwrap();
+            let other = OTHER_NODE[family].parse().unwrap();
+            netlink.replace_neighbour(uplink, other, WIRE_MAC).unwrap();
+            let (range, len) = OTHER_RANGES[family];
+            let dst = IpNet::new(range.parse().unwrap(), len).unwrap();
+            let route = Route {
+                dst,
+                via: Some(other),
+                dev: uplink,
+                src: None,
+                mtu: None,
+                scope_link: false,
+                onlink: false,
+                protocol: podway_link::ROUTE_PROTOCOL,
+            };
+            netlink.replace_route(&route).unwrap();
+        }
+        Self { prefix: prefix.to_owned(), node, pods, wire, interfaces }
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        remove(&self.prefix);
+    }
+}
+
+fn remove(prefix: &str) {
+    for name in Netns::list_named(prefix).unwrap() {
+        let _ = Netns::delete_named(&name);
+    }
+}
+
+/// A packet socket on one device of a namespace.
+struct Tap(OwnedFd);
+
+impl Tap {
+    fn open(namespace: &Netns, device: &str) -> Self {
+        let fd = namespace.run(|| packet_socket(device)).unwrap().unwrap();
+        Self(fd)
+    }
+
+    fn send(&self, frame: &[u8]) {
+        match nix::unistd::write(&self.0, frame) {
+            Ok(sent) => assert_eq!(sent, frame.len()),
+            // What an egress program drops is reported to the sender.
+            Err(nix::errno::Errno::ENOBUFS) => {}
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    /// The next frame that comes in and holds the cases' payload, within `wait`.
+    fn receive(&self, wait: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + wait;
+        let mut buffer = vec![0; 4096];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let millis = i32::try_from(left.as_millis()).unwrap();
+            let mut poll =
+                [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&self.0), nix::poll::PollFlags::POLLIN)];
+            let timeout = nix::poll::PollTimeout::try_from(millis).unwrap();
+            if nix::poll::poll(&mut poll, timeout).unwrap() == 0 {
+                return None;
+            }
+            let (len, outgoing) = receive(&self.0, &mut buffer).unwrap();
+            let frame = &buffer[..len];
+            if !outgoing && frame.windows(PAYLOAD.len()).any(|w| w == PAYLOAD) && wanted(frame) {
+                return Some(frame.to_vec());
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "nix has no constructor for packet socket addresses")]
+fn packet_socket(device: &str) -> io::Result<OwnedFd> {
+    let index = nix::net::if_::if_nametoindex(device)?;
+    let protocol = u16::try_from(libc::ETH_P_ALL).unwrap_or_default().to_be();
+    // SAFETY: plain system calls; the address is a whole, zeroed `sockaddr_ll` of the size that is given.
+    unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol));
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = OwnedFd::from_raw_fd(fd);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = protocol;
+        address.sll_ifindex = index as i32;
+        let size = size_of::<libc::sockaddr_ll>() as u32;
+        if libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(fd)
+    }
+}
+
+/// Length of the next frame, and whether this host sent it.
+#[expect(unsafe_code, reason = "nix has no view of a packet socket address")]
+fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
+    // SAFETY: the buffer's own length is given, and the address is a whole, zeroed `sockaddr_ll`.
+    unsafe {
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        let mut size = size_of::<libc::sockaddr_ll>() as u32;
+        let len = libc::recvfrom(
+            fd.as_raw_fd(),
+            buffer.as_mut_ptr().cast(),
+            buffer.len(),
+            0,
+            (&raw mut address).cast(),
+            &raw mut size,
+        );
+        if len < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((len as usize, address.sll_pkttype == libc::PACKET_OUTGOING))
+    }
+}
+
+struct Taps {
+    pod_1: Tap,
+    pod_2: Tap,
+    wire: Tap,
+    node_pod_1: Tap,
+    node_tunnel: Tap,
+}
+
+fn run_all(name: &str, method: AttachMethod) {
+    let net = Net::new(&format!("pwt-{name}"));
+    let test = TestDatapath::new(name, method);
+    let taps = Taps {
+        pod_1: Tap::open(&net.pods[0], "eth0"),
+        pod_2: Tap::open(&net.pods[1], "eth0"),
+        wire: Tap::open(&net.wire, "eth0"),
+        node_pod_1: Tap::open(&net.node, "pod1"),
+        node_tunnel: Tap::open(&net.node, "podway_vxlan"),
+    };
+    net.node
+        .run(|| {
+            // Twice: the second time replaces the first one's programs.
+            for _ in 0..2 {
+                test.get().attach_pod(net.interfaces.pod_1).unwrap();
+                test.get().attach_pod(net.interfaces.pod_2).unwrap();
+                test.get().attach_uplink(net.interfaces.uplink).unwrap();
+                test.get().attach_tunnel(net.interfaces.tunnel).unwrap();
+            }
+        })
+        .unwrap();
+    let mut run = 0;
+    for case in cases::all() {
+        // A packet on the tunnel device that came out of no tunnel cannot be made from outside.
+        if case.hook == Hook::FromTunnel && case.outer.is_none() {
+            continue;
+        }
+        test.fill(case.overlay, &net.interfaces);
+        check(&test, &taps, &case);
+        run += 1;
+    }
+    println!("{run} cases on devices");
+    net.node
+        .run(|| {
+            test.get().detach_pod(net.interfaces.pod_1).unwrap();
+            test.get().detach_pod(net.interfaces.pod_1).unwrap();
+        })
+        .unwrap();
+}
+
+fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
+    let (hook, reason) = (case.hook.name(), case.expect.reason.name());
+    let before = test.count(hook, reason);
+    match (case.at, case.hook) {
+        (At::Pod1, Hook::FromPod) => taps.pod_1.send(&case.frame),
+        (At::Pod1, _) => taps.node_pod_1.send(&case.frame),
+        (At::Uplink, _) => taps.wire.send(&to_node(&case.frame)),
+        (At::Tunnel, Hook::ToTunnel) => taps.node_tunnel.send(&case.frame),
+        (At::Tunnel, _) => taps.wire.send(&wrap(case)),
+    }
+    let deadline = Instant::now() + SOON;
+    while test.count(hook, reason) == before {
+        assert!(Instant::now() < deadline, "{}: not counted; {:?}", case.name, test.get().counters());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    match case.expect.verdict {
+        Verdict::ToPod => {
+            let target = case.expect.target.unwrap();
+            let tap = if target == 1 { &taps.pod_1 } else { &taps.pod_2 };
+            let expected = cases::delivered(&case.frame, target);
+            let got = tap.receive(SOON, |f| f[..expected.len().min(f.len())] == expected);
+            assert!(got.is_some(), "{}: not delivered", case.name);
+        }
+        Verdict::ToTunnel | Verdict::SetTunnel => {
+            let tail = &case.frame[14..];
+            let got = taps.wire.receive(SOON, |f| f.ends_with(tail) && f.len() > case.frame.len() + 36);
+            let outer = got.unwrap_or_else(|| panic!("{}: nothing on the wire", case.name));
+            assert_eq!(outer[14 + 16..14 + 20], [172, 18, 1, 2], "{}: outer destination", case.name);
+            assert_eq!(outer[36..38], VXLAN_PORT.to_be_bytes(), "{}: outer port", case.name);
+            assert_eq!(outer[46..49], [0, 0, 1], "{}: VNI", case.name);
+        }
+        Verdict::ToUplink => {
+            let got = taps.wire.receive(SOON, |f| f[14..] == case.frame[14..]);
+            let frame = got.unwrap_or_else(|| panic!("{}: nothing on the wire", case.name));
+            assert_eq!(frame[..12], [WIRE_MAC, NODE_MAC].concat(), "{}: link-layer addresses", case.name);
+        }
+        Verdict::Drop => {
+            for (name, tap) in [("pod 1", &taps.pod_1), ("pod 2", &taps.pod_2), ("wire", &taps.wire)] {
+                let leaked = tap.receive(NEVER / 3, |f| f.ends_with(&case.frame[case.frame.len().min(34)..]));
+                assert!(leaked.is_none() || case.frame.len() < 48, "{}: leaked to {name}", case.name);
+            }
+        }
+        Verdict::Pass => {}
+    }
+}
+
+/// The frame addressed to the node's underlay device.
+fn to_node(frame: &[u8]) -> Vec<u8> {
+    let mut out = frame.to_vec();
+    out[..6].copy_from_slice(&NODE_MAC);
+    out[6..12].copy_from_slice(&WIRE_MAC);
+    out
+}
+
+/// A VXLAN packet (RFC 7348 section 5) from the case's outer source to the node, around the case's frame.
+fn wrap(case: &Case) -> Vec<u8> {
+    let outer = case.outer.expect("a tunnelled case has an outer source").to_string();
+    let mut vxlan = vec![8, 0, 0, 0, 0, 0, 1, 0];
+    vxlan.extend(&case.frame);
+    let mut out = Vec::new();
+    let node: std::net::Ipv4Addr = NODE[0].parse().unwrap();
+    let source: std::net::Ipv4Addr = outer.parse().unwrap();
+    etherparse::PacketBuilder::ethernet2(WIRE_MAC, NODE_MAC)
+        .ipv4(source.octets(), node.octets(), 64)
+        .udp(50_000, VXLAN_PORT)
+        .write(&mut out, &vxlan)
+        .unwrap();
+    out
+}
+
+#[test]
+fn every_case_on_real_devices() {
+    if can_run() {
+        run_all("devices", AttachMethod::of_this_kernel());
+    }
+}
+
+#[test]
+fn every_case_with_clsact_filters() {
+    if can_run() {
+        run_all("clsact", AttachMethod::Clsact);
+    }
+}
+
+/// The programs stay when the loader goes, and a successor takes them over without a gap.
+#[test]
+fn programs_outlive_their_loader() {
+    if !can_run() {
+        return;
+    }
+    let net = Net::new("pwt-outlive");
+    let mut test = TestDatapath::new("outlive", AttachMethod::of_this_kernel());
+    test.fill(true, &net.interfaces);
+    let attach = |test: &TestDatapath| {
+        net.node
+            .run(|| {
+                test.get().attach_pod(net.interfaces.pod_1).unwrap();
+                test.get().attach_pod(net.interfaces.pod_2).unwrap();
+            })
+            .unwrap();
+    };
+    attach(&test);
+    let (from, to) = (Tap::open(&net.pods[0], "eth0"), Tap::open(&net.pods[1], "eth0"));
+    let frame = ip((POD_1_MAC, HOST_1_MAC), POD_1[0], POD_2[0], 64, L4::Udp(1, 2));
+    let expected = cases::delivered(&frame, 2);
+    let arrives = || {
+        from.send(&frame);
+        to.receive(SOON, |f| f == expected).is_some()
+    };
+    assert!(arrives());
+    test.datapath.take();
+    assert!(arrives(), "without the loader");
+    test.datapath = Some(podway_bpf_host::Datapath::load(&test.pin_dir).unwrap());
+    assert!(arrives(), "before the successor attaches");
+    attach(&test);
+    assert!(arrives(), "under the successor");
+    assert_eq!(test.get().attached_pods().unwrap(), vec![net.interfaces.pod_1, net.interfaces.pod_2]);
+    // A device that goes takes its programs along; its pins are replaced when the index is used again.
+    let mut netlink = Netlink::open_in(&net.node).unwrap();
+    netlink.delete_link(net.interfaces.pod_2).unwrap();
+    net.node.run(|| test.get().detach_pod(net.interfaces.pod_2).unwrap()).unwrap();
+    test.get().remove_endpoint(net.interfaces.pod_2).unwrap();
+    assert!(test.count("from_pod", Reason::Delivered.name()) >= 4);
+    assert_eq!(test.get().attached_pods().unwrap(), vec![net.interfaces.pod_1]);
+}

@@ -1,0 +1,87 @@
+//! What the kernel tests share: a datapath of their own, filled with the cases' world.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use ipnet::IpNet;
+use podway_abi::{Addr, peer_flags};
+use podway_bpf_host::{AttachMethod, Counter, Datapath, Endpoint, Mode, NodeConfig, Peer, PeerFlags};
+use podway_datapath_cases::world::{
+    self, HOST_1_MAC, HOST_2_MAC, Interfaces, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
+};
+
+/// Whether the test can run; says why not.
+pub(crate) fn can_run() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        println!("skipped: needs root");
+    } else if !podway_bpf_host::is_built_in() {
+        println!("skipped: built without the kernel object (cargo xtask bpf)");
+    }
+    root && podway_bpf_host::is_built_in()
+}
+
+/// A datapath under a pin directory of its own, removed at the end.
+pub(crate) struct TestDatapath {
+    pub(crate) datapath: Option<Datapath>,
+    pub(crate) pin_dir: PathBuf,
+}
+
+impl TestDatapath {
+    pub(crate) fn new(name: &str, method: AttachMethod) -> Self {
+        let pin_dir = PathBuf::from(format!("/sys/fs/bpf/podway-test-{name}"));
+        // What an earlier run left when it was killed.
+        let _ = Datapath::remove_all(&pin_dir);
+        Self { datapath: Some(Datapath::load_with(&pin_dir, method).unwrap()), pin_dir }
+    }
+
+    pub(crate) fn get(&self) -> &Datapath {
+        self.datapath.as_ref().unwrap()
+    }
+
+    /// Writes the world's tables in one of the two modes.
+    pub(crate) fn fill(&self, overlay: bool, interfaces: &Interfaces) {
+        let datapath = self.get();
+        let mode = if overlay {
+            Mode::Overlay { tunnel_ifindex: interfaces.tunnel, vni: 1, underlay_v6: false }
+        } else {
+            Mode::Direct
+        };
+        datapath.set_config(&NodeConfig { mode, uplink_ifindex: interfaces.uplink }).unwrap();
+        let pods = [
+            (1, interfaces.pod_1, POD_1_MAC, HOST_1_MAC, POD_1),
+            (2, interfaces.pod_2, POD_2_MAC, HOST_2_MAC, POD_2),
+        ];
+        for (id, ifindex, pod_mac, host_mac, addresses) in pods {
+            let addresses = addresses.iter().map(|t| t.parse().unwrap()).collect();
+            datapath.set_endpoint(&Endpoint { id, ifindex, pod_mac, host_mac, addresses }).unwrap();
+        }
+        let peers: BTreeMap<IpNet, Peer> = world::peers()
+            .into_iter()
+            .map(|(addr, len, peer)| (IpNet::new(IpAddr::from(addr), len).unwrap(), from_abi(&peer)))
+            .collect();
+        datapath.sync_peers(&peers).unwrap();
+    }
+
+    /// Packets counted so far for a hook and reason.
+    pub(crate) fn count(&self, hook: &str, reason: &str) -> u64 {
+        let counters: Vec<Counter> = self.get().counters().unwrap();
+        counters.iter().find(|c| c.hook == hook && c.reason == reason).map_or(0, |c| c.packets)
+    }
+}
+
+impl Drop for TestDatapath {
+    fn drop(&mut self) {
+        self.datapath.take();
+        let _ = Datapath::remove_all(&self.pin_dir);
+    }
+}
+
+fn from_abi(peer: &podway_abi::Peer) -> Peer {
+    Peer {
+        node: IpAddr::from(Addr { words: peer.node.words }),
+        flags: PeerFlags {
+            is_node: peer.flags & peer_flags::NODE != 0,
+            local: peer.flags & peer_flags::LOCAL != 0,
+        },
+    }
+}
