@@ -149,6 +149,11 @@ impl ApiError {
         }
     }
 
+    /// 406: the client reads nothing that this server writes.
+    pub fn not_acceptable(message: impl Into<String>) -> Self {
+        Self::new(406, "NotAcceptable", message)
+    }
+
     /// 409: an object of that name is there already.
     pub fn already_exists(kind: &KindInfo, name: &str) -> Self {
         let what = qualified(&kind.plural, &kind.group);

@@ -42,10 +42,6 @@ pub(crate) fn uid(object: &Value) -> &str {
     get_str(object, &["metadata", "uid"])
 }
 
-pub(crate) fn revision(object: &Value) -> u64 {
-    get_str(object, &["metadata", "resourceVersion"]).parse().unwrap_or(0)
-}
-
 pub(crate) fn is_terminating(object: &Value) -> bool {
     at(object, &["metadata", "deletionTimestamp"]).is_some()
 }

@@ -266,7 +266,6 @@ const BUILT_IN: &[Row] = &[
         "G",
     ),
     ("coordination.k8s.io", "v1", "leases", "Lease", "", "N"),
-    ("events.k8s.io", "v1", "events", "Event", "ev", "N"),
     ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", "csr", "S"),
     ("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", "pc", "G"),
     ("node.k8s.io", "v1", "runtimeclasses", "RuntimeClass", "", ""),
@@ -346,5 +345,5 @@ pub(crate) fn built_in() -> Vec<Arc<KindInfo>> {
 
 /// Built-in kinds whose groups a CustomResourceDefinition may not take over.
 pub(crate) fn is_built_in_group(group: &str) -> bool {
-    BUILT_IN.iter().any(|row| row.0 == group)
+    group == crate::events::GROUP || BUILT_IN.iter().any(|row| row.0 == group)
 }

@@ -14,14 +14,18 @@
 
 mod crd;
 mod error;
+mod events;
+mod http;
 mod json;
 mod kinds;
 mod patch;
 mod selector;
 mod store;
+mod table;
 mod validate;
 
 pub use error::{ApiError, Cause};
+pub use http::{BearerToken, serve};
 pub use json::{get_str, timestamp_text};
 pub use kinds::{GroupResource, KindInfo, PrinterColumn, ResourceKey, ScalePaths};
 pub use patch::Patch;

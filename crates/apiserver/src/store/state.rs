@@ -9,6 +9,7 @@ use tokio::sync::watch as signal;
 
 use super::lifecycle::PendingDelete;
 use crate::error::ApiError;
+use crate::events;
 use crate::json;
 use crate::kinds::{GroupResource, KindInfo, ResourceKey};
 
@@ -188,6 +189,7 @@ impl State {
 
     pub(super) fn kind_of(&self, api_version: &str, kind: &str) -> Option<Arc<KindInfo>> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        let group = if (group, kind) == (events::GROUP, "Event") { "" } else { group };
         let found = self.collections().map(|(_, collection)| &collection.kind).find(|known| {
             known.kind == kind && known.group == group && known.versions.iter().any(|known| known == version)
         });

@@ -12,6 +12,7 @@ use super::options::{StoreConfig, Subresource, WriteOptions};
 use super::state::State;
 use crate::crd;
 use crate::error::{ApiError, Cause};
+use crate::events;
 use crate::json;
 use crate::kinds::{GroupResource, KindInfo, ResourceKey};
 use crate::patch::Patch;
@@ -310,6 +311,12 @@ fn set_type(kind: &KindInfo, object: &mut Value) -> Result<(), ApiError> {
             "the kind in the data ({found}) does not match the expected kind ({})",
             kind.kind
         )));
+    }
+    let found = json::get_str(object, &["apiVersion"]);
+    if kind.is("", "Event") && found.strip_prefix(events::GROUP) == Some("/v1") {
+        let fields = json::fields(object);
+        events::to_core(fields);
+        fields.insert("apiVersion".to_owned(), json!("v1"));
     }
     let found = json::get_str(object, &["apiVersion"]);
     if !found.is_empty() && !kind.versions.iter().any(|version| kind.api_version(version) == found) {

@@ -1,0 +1,200 @@
+//! HTTP/1.1 for the store: connections and their limits, who may come in, and which handler answers.
+
+mod body;
+mod discovery;
+mod media;
+mod query;
+mod resource;
+mod route;
+mod scale;
+mod stream;
+mod view;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::error::ApiError;
+use crate::store::Store;
+use route::Route;
+
+/// Connections of one listener; more wait in the listen queue. A watch over HTTP/1.1 holds one.
+const MAX_CONNECTIONS: usize = 1024;
+/// Time to send a request's headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Pause after a failed accept, which mostly means that the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+type ResponseBody = UnsyncBoxBody<Bytes, Infallible>;
+
+/// The secret that clients send as `Authorization: Bearer …`.
+#[derive(Clone)]
+pub struct BearerToken(String);
+
+impl BearerToken {
+    /// Any text without spaces; make it long and random.
+    pub fn new(token: impl Into<String>) -> Self {
+        Self(token.into())
+    }
+
+    /// Compares without telling by its time how much was right.
+    fn admits(&self, presented: &str) -> bool {
+        let (a, b) = (self.0.as_bytes(), presented.as_bytes());
+        a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+    }
+}
+
+impl fmt::Debug for BearerToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BearerToken(…)")
+    }
+}
+
+/// Serves a store over plain HTTP/1.1 on a listening socket, until the future is dropped; its connections end with
+/// it. With a token, every request must bring it, except those for health and version. Several listeners may serve
+/// one store. Must be polled within a tokio runtime with I/O and time enabled.
+///
+/// # Errors
+/// Only at the start, if the socket cannot be handed to tokio; failing connections are logged.
+pub async fn serve(
+    listener: std::net::TcpListener,
+    store: Arc<Store>,
+    auth: Option<BearerToken>,
+) -> io::Result<Infallible> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let server = Arc::new(Server { store, auth, address: listener.local_addr()?.to_string() });
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(connection(stream, Arc::clone(&server)));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "API server cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+            Some(_ended) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, server: Arc<Server>) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "cannot switch off Nagle's algorithm");
+    }
+    let service = service_fn(|request| {
+        let server = Arc::clone(&server);
+        async move { Ok::<_, Infallible>(server.respond(request).await) }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%error, "API connection ended");
+    }
+}
+
+struct Server {
+    store: Arc<Store>,
+    auth: Option<BearerToken>,
+    address: String,
+}
+
+impl Server {
+    async fn respond(&self, request: Request<Incoming>) -> Response<ResponseBody> {
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let response = match self.answer(request).await {
+            Ok(response) => response,
+            Err(error) => json_response(
+                StatusCode::from_u16(error.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+                &error.to_status(),
+            ),
+        };
+        tracing::debug!(%method, path, status = response.status().as_u16(), "API request");
+        response
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<ResponseBody>, ApiError> {
+        let route = Route::parse(&self.store, request.uri().path())?;
+        if !route.is_public() && !self.is_authorized(&request) {
+            return Err(ApiError::unauthorized());
+        }
+        let route = match route {
+            Route::Resource(target) => return resource::answer(&self.store, target, request).await,
+            other => other,
+        };
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return Err(ApiError::method_not_allowed());
+        }
+        Ok(match route {
+            Route::Health => text_response("ok"),
+            Route::Version => json_response(StatusCode::OK, &version()),
+            other => json_response(StatusCode::OK, &discovery::answer(&self.store, &other, &self.address)?),
+        })
+    }
+
+    fn is_authorized(&self, request: &Request<Incoming>) -> bool {
+        let Some(token) = &self.auth else { return true };
+        let presented = request
+            .headers()
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        presented.is_some_and(|(_, presented)| token.admits(presented.trim()))
+    }
+}
+
+fn version() -> Value {
+    json!({
+        "major": "1", "minor": "36", "gitVersion": concat!("v1.36.0+podway-", env!("CARGO_PKG_VERSION")),
+        "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "none", "compiler": "rustc", "platform": "linux/amd64"
+    })
+}
+
+fn respond_with(
+    status: StatusCode,
+    content_type: &'static str,
+    body: ResponseBody,
+) -> Response<ResponseBody> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache, private"));
+    response
+}
+
+fn bytes_response(status: StatusCode, body: impl Into<Bytes>) -> Response<ResponseBody> {
+    respond_with(status, "application/json", Full::new(body.into()).boxed_unsync())
+}
+
+fn json_response(status: StatusCode, body: &Value) -> Response<ResponseBody> {
+    bytes_response(status, body.to_string())
+}
+
+fn text_response(body: &'static str) -> Response<ResponseBody> {
+    respond_with(
+        StatusCode::OK,
+        "text/plain; charset=utf-8",
+        Full::new(Bytes::from_static(body.as_bytes())).boxed_unsync(),
+    )
+}
