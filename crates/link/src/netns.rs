@@ -3,6 +3,7 @@
 //! A thread that entered a namespace is never used for anything else afterwards: [`Netns::run`] has its own
 //! thread each time, so no pool ever holds a worker in the wrong place.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -199,6 +200,29 @@ fn on_own_thread<R: Send>(f: impl FnOnce() -> io::Result<R> + Send) -> io::Resul
         let thread = std::thread::Builder::new().name("podway-netns".into()).spawn_scoped(scope, f)?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Every namespace with a name under [`NETNS_DIR`] or a process visible in `/proc`, once each.
+pub(crate) fn reachable() -> Result<Vec<Netns>> {
+    let mut paths: Vec<PathBuf> =
+        Netns::list_named("")?.into_iter().map(|name| Path::new(NETNS_DIR).join(name)).collect();
+    let processes = fs::read_dir("/proc").map_err(|e| Error::io("list", "/proc", e))?;
+    paths.extend(processes.flatten().filter_map(|process| {
+        let name = process.file_name();
+        name.as_encoded_bytes().iter().all(u8::is_ascii_digit).then(|| process.path().join("ns/net"))
+    }));
+    let mut seen = HashSet::new();
+    let mut namespaces = Vec::new();
+    for path in paths {
+        // A process that has just ended, or a name whose mount is gone, is no namespace any more.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if seen.insert((metadata.dev(), metadata.ino()))
+            && let Ok(namespace) = Netns::open(&path)
+        {
+            namespaces.push(namespace);
+        }
+    }
+    Ok(namespaces)
 }
 
 fn named_path(operation: &'static str, name: &str) -> Result<PathBuf> {

@@ -236,19 +236,6 @@ impl Netlink {
         self.change("set MTU of link", index, |m| m.attributes.push(LinkAttribute::Mtu(mtu)))
     }
 
-    /// Sets the MTU of a link in another namespace, known by the number that this namespace has for it
-    /// ([`Link::peer_netnsid`]): the peer of a veth is changed without opening its namespace.
-    ///
-    /// # Errors
-    /// When there is no such namespace or link, or the MTU is outside of what it supports.
-    pub fn set_peer_mtu(&mut self, nsid: i32, peer_index: u32, mtu: u32) -> Result<()> {
-        self.change("set MTU of peer link", peer_index, |m| {
-            // IFLA_TARGET_NETNSID is the kernel's later name for IFLA_IF_NETNSID.
-            m.attributes.push(LinkAttribute::IfNetnsId(nsid));
-            m.attributes.push(LinkAttribute::Mtu(mtu));
-        })
-    }
-
     /// Sets the hardware address.
     ///
     /// # Errors
@@ -335,7 +322,8 @@ impl Netlink {
         self.find("find", &object(index), message)
     }
 
-    /// The link of that index in another namespace, see [`Self::set_peer_mtu`].
+    /// The link of that index in another namespace, known by the number that this namespace has for it
+    /// ([`Link::peer_netnsid`]).
     ///
     /// # Errors
     /// When there is no such namespace.

@@ -5,6 +5,7 @@
 
 mod addresses;
 mod links;
+mod namespaces;
 mod neighbours;
 mod routes;
 

@@ -224,7 +224,8 @@ impl PathProbe {
     }
 
     fn timeout(&self) -> Duration {
-        let guess = self.rtt.map_or(self.config.timeout_min * 2, |rtt| rtt * 4);
+        // Copies go out within the first half, so their answers come in time, too.
+        let guess = self.rtt.map_or(self.config.timeout_min * 2, |rtt| rtt.mul_f64(2.5));
         guess.clamp(self.config.timeout_min, self.config.timeout_max.max(self.config.timeout_min))
     }
 
