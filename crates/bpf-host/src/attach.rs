@@ -165,10 +165,9 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
 }
 
 fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<()> {
-    match tc::qdisc_add_clsact(interface) {
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
-        Err(e) => return Err(failed("attach", hook, interface, e)),
-    }
+    // An existing qdisc comes back as one of several errors; where there is none, attaching fails below and
+    // says so.
+    let _ = tc::qdisc_add_clsact(interface);
     let old = SchedClassifierLink::attached(interface, direction(hook), FILTER_PRIORITY, FILTER_HANDLE, None)
         .map_err(|e| failed("attach", hook, interface, e))?;
     let id = match program.attach_to_link(old) {

@@ -2,6 +2,11 @@
 //!
 //! A node with two pods, an underlay link to a "wire" namespace and a VXLAN device. Frames go in by packet
 //! sockets and are caught by packet sockets; the tunnel's are wrapped in VXLAN by the test and by the kernel.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and says why it skips"
+)]
 
 mod support;
 

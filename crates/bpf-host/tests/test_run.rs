@@ -1,4 +1,9 @@
 //! The cases under the kernel's own test runs (`BPF_PROG_TEST_RUN`), and what the kernel made of the programs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and says why it skips"
+)]
 
 mod support;
 

@@ -16,8 +16,8 @@ pub struct SkbBytes<'a>(pub &'a TcContext);
 
 impl Bytes for SkbBytes<'_> {
     #[inline(always)]
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.0.load::<[u8; N]>(offset).ok()
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        self.0.load::<[u32; N]>(offset).ok()
     }
 
     #[inline(always)]

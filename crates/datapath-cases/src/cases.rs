@@ -110,13 +110,13 @@ pub fn all() -> Vec<Case> {
     for overlay in [true, false] {
         for family in 0..2 {
             let mut of_family = Builder { overlay, family, cases: &mut cases };
-            of_family.from_pod();
+            of_family.at_from_pod();
             of_family.spoofed();
-            of_family.to_pod();
-            of_family.from_uplink();
+            of_family.at_to_pod();
+            of_family.at_from_uplink();
             if overlay {
-                of_family.from_tunnel();
-                of_family.to_tunnel();
+                of_family.at_from_tunnel();
+                of_family.at_to_tunnel();
             }
         }
         let mut rest = Builder { overlay, family: 0, cases: &mut cases };
@@ -157,7 +157,7 @@ impl Builder<'_> {
         ip(macs, src[self.family], dst[self.family], TTL, l4)
     }
 
-    fn from_pod(&mut self) {
+    fn at_from_pod(&mut self) {
         let udp = L4::Udp(40_000, 53);
         for (name, l4) in [("UDP", udp), ("TCP", L4::Syn(40_000, 80)), ("echo", L4::Echo(7))] {
             let frame = self.ip(GATEWAY, POD_1, POD_2, l4);
@@ -205,12 +205,12 @@ impl Builder<'_> {
         );
     }
 
-    fn to_pod(&mut self) {
+    fn at_to_pod(&mut self) {
         let frame = self.ip((HOST_1_MAC, POD_1_MAC), NODE, POD_1, L4::Syn(40_000, 80));
         self.add("from the node's stack", Hook::ToPod, At::Pod1, frame, tracked(pass(Reason::Delivered)));
     }
 
-    fn from_uplink(&mut self) {
+    fn at_from_uplink(&mut self) {
         let udp = L4::Udp(40_000, 53);
         let frame = self.ip(WIRE, OTHER_NODE, POD_1, udp);
         self.add("another node to a pod", Hook::FromUplink, At::Uplink, frame, deliver(1));
@@ -239,7 +239,7 @@ impl Builder<'_> {
         }
     }
 
-    fn from_tunnel(&mut self) {
+    fn at_from_tunnel(&mut self) {
         let udp = L4::Udp(40_000, 53);
         let other = Some(addr(OTHER_NODE[0]));
         let mut add = |name: &str, src: [&str; 2], dst: [&str; 2], outer: Option<Addr>, expect: Expect| {
@@ -258,7 +258,7 @@ impl Builder<'_> {
         add("back to the other node", OTHER_POD, OTHER_NODE, other, drop(Reason::NotForThisNode));
     }
 
-    fn to_tunnel(&mut self) {
+    fn at_to_tunnel(&mut self) {
         let udp = L4::Udp(40_000, 53);
         let set = encapsulate(Verdict::SetTunnel, OTHER_NODE[0]);
         let frame = self.ip(WIRE, NODE, OTHER_POD, udp);

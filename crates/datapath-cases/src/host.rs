@@ -77,8 +77,13 @@ impl Tables for HostTables {
 pub struct PacketBytes<'a>(pub &'a [u8]);
 
 impl Bytes for PacketBytes<'_> {
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.0.get(offset..)?.first_chunk().copied()
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let bytes = self.0.get(offset..)?.get(..N * 4)?;
+        let mut words = [0; N];
+        for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_ne_bytes(*chunk);
+        }
+        Some(words)
     }
 
     fn len(&self) -> u32 {

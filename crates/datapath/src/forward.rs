@@ -12,10 +12,10 @@ use crate::{
 #[inline(always)]
 pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
     let Some(config) = configured(tables) else { return Action::drop(Reason::NotConfigured) };
-    let Some(source) = tables.source(env.ifindex()) else { return Action::drop(Reason::UnknownPod) };
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
+    let Some(source) = tables.source(env.ifindex()) else { return Action::drop(Reason::UnknownPod) };
     if let Err(reason) = guard::pod(&scratch.packet, &source) {
         return Action::drop(reason);
     }

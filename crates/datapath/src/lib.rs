@@ -25,8 +25,10 @@ pub use track::Observation;
 
 /// The bytes of one packet, from its Ethernet header on.
 pub trait Bytes {
-    /// `N` bytes at `offset`, or nothing when the packet is shorter.
-    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    /// `N` words of 32 bits at `offset` as they lie in memory, or nothing when the packet is shorter.
+    ///
+    /// Words, because BPF has no unaligned loads and would put wider fields together byte by byte.
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u32; N]>;
 
     /// Length of the whole packet with its Ethernet header.
     fn len(&self) -> u32;

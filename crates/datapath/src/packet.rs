@@ -134,13 +134,16 @@ impl Packet {
 /// # Errors
 /// [`Reason::Malformed`] for a cut or contradictory header, [`Reason::MappedAddress`] for a v4-mapped
 /// address in an IPv6 header, [`Reason::UnsupportedProtocol`] for anything but IPv4, IPv6 and ARP.
-#[inline(always)]
+#[inline(never)]
 pub fn parse(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     *out = Packet::EMPTY;
-    let eth: [u8; ETH_LEN] = bytes.load(0).ok_or(Reason::Malformed)?;
-    out.src_mac = [eth[6], eth[7], eth[8], eth[9], eth[10], eth[11]];
+    // The Ethernet header and two bytes of what follows, which every packet has.
+    let [_, w1, w2, w3] = bytes.load::<4>(0).ok_or(Reason::Malformed)?;
+    let [_, _, m0, m1] = w1.to_ne_bytes();
+    let [m2, m3, m4, m5] = w2.to_ne_bytes();
+    out.src_mac = [m0, m1, m2, m3, m4, m5];
     out.l3_len = bytes.len().saturating_sub(ETH_LEN as u32);
-    match u16::from_be_bytes([eth[12], eth[13]]) {
+    match (u32::from_be(w3) >> 16) as u16 {
         ethertype::IPV4 => parse_v4(bytes, out),
         ethertype::IPV6 => parse_v6(bytes, out),
         ethertype::ARP => parse_arp(bytes, out),
@@ -148,26 +151,22 @@ pub fn parse(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     }
 }
 
-/// A word in the order in which it lies in memory.
-#[inline(always)]
-const fn word(a: u8, b: u8, c: u8, d: u8) -> u32 {
-    u32::from_ne_bytes([a, b, c, d])
-}
-
 #[inline(always)]
 fn parse_v4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
-    let h: [u8; 20] = bytes.load(ETH_LEN).ok_or(Reason::Malformed)?;
-    let header_len = (h[0] & 0x0f) as u16 * 4;
-    if h[0] >> 4 != 4 || header_len < 20 {
+    let [w0, w1, w2, src, dst] = bytes.load::<5>(ETH_LEN).ok_or(Reason::Malformed)?;
+    let first = w0.to_ne_bytes()[0];
+    let header_len = (first & 0x0f) as u16 * 4;
+    if first >> 4 != 4 || header_len < 20 {
         return Err(Reason::Malformed);
     }
     out.kind = Kind::V4;
-    out.src = Addr::from_v4_word(word(h[12], h[13], h[14], h[15]));
-    out.dst = Addr::from_v4_word(word(h[16], h[17], h[18], h[19]));
-    out.proto = h[9];
-    out.ttl = h[8];
+    out.src = Addr::from_v4_word(src);
+    out.dst = Addr::from_v4_word(dst);
+    let [ttl, protocol, _, _] = w2.to_ne_bytes();
+    out.ttl = ttl;
+    out.proto = protocol;
     out.l4_offset = ETH_LEN as u16 + header_len;
-    let fragment = u16::from_be_bytes([h[6], h[7]]);
+    let fragment = u32::from_be(w1) as u16;
     if fragment & 0x1fff != 0 {
         out.flags |= flags::FRAGMENT | flags::LATER_FRAGMENT;
         return Ok(());
@@ -180,57 +179,43 @@ fn parse_v4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
 
 #[inline(always)]
 fn parse_v6(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
-    let h: [u8; 40] = bytes.load(ETH_LEN).ok_or(Reason::Malformed)?;
-    if h[0] >> 4 != 6 {
+    let [w0, w1] = bytes.load::<2>(ETH_LEN).ok_or(Reason::Malformed)?;
+    if w0.to_ne_bytes()[0] >> 4 != 6 {
         return Err(Reason::Malformed);
     }
     out.kind = Kind::V6;
-    out.ttl = h[7];
-    out.src = Addr::from_v6_words([
-        word(h[8], h[9], h[10], h[11]),
-        word(h[12], h[13], h[14], h[15]),
-        word(h[16], h[17], h[18], h[19]),
-        word(h[20], h[21], h[22], h[23]),
-    ]);
-    out.dst = Addr::from_v6_words([
-        word(h[24], h[25], h[26], h[27]),
-        word(h[28], h[29], h[30], h[31]),
-        word(h[32], h[33], h[34], h[35]),
-        word(h[36], h[37], h[38], h[39]),
-    ]);
+    out.src = Addr::from_v6_words(bytes.load::<4>(ETH_LEN + 8).ok_or(Reason::Malformed)?);
+    out.dst = Addr::from_v6_words(bytes.load::<4>(ETH_LEN + 24).ok_or(Reason::Malformed)?);
     if out.src.is_v4() || out.dst.is_v4() {
         return Err(Reason::MappedAddress);
     }
-    let mut next = h[6];
+    let [_, _, mut next, hop_limit] = w1.to_ne_bytes();
+    out.ttl = hop_limit;
     let mut offset = ETH_LEN as u16 + 40;
     let mut walked = 0;
     while walked < MAX_EXTENSIONS {
+        if !matches!(next, 0 | 43 | 44 | 51 | 60) {
+            break;
+        }
+        let [word] = bytes.load::<1>(offset as usize).ok_or(Reason::Malformed)?;
+        let [following, len, high, low] = word.to_ne_bytes();
         match next {
-            // Hop-by-hop, routing, destination options: {next, length in 8 bytes beyond the first 8}.
-            0 | 43 | 60 => {
-                let ext: [u8; 2] = bytes.load(offset as usize).ok_or(Reason::Malformed)?;
-                next = ext[0];
-                offset += (ext[1] as u16 + 1) * 8;
-            }
-            // Fragment header (RFC 8200 section 4.5): 8 bytes, offset in the upper 13 bits of the second word.
+            // Fragment header (RFC 8200 section 4.5): 8 bytes, offset in the upper 13 bits of the second half.
             44 => {
-                let ext: [u8; 4] = bytes.load(offset as usize).ok_or(Reason::Malformed)?;
-                next = ext[0];
                 offset += 8;
                 out.flags |= flags::FRAGMENT;
-                if u16::from_be_bytes([ext[2], ext[3]]) & 0xfff8 != 0 {
+                if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
                     out.flags |= flags::LATER_FRAGMENT;
+                    next = following;
                     break;
                 }
             }
             // Authentication header (RFC 4302 section 2.2): length in 4 bytes beyond the first 8.
-            51 => {
-                let ext: [u8; 2] = bytes.load(offset as usize).ok_or(Reason::Malformed)?;
-                next = ext[0];
-                offset += (ext[1] as u16 + 2) * 4;
-            }
-            _ => break,
+            51 => offset += (len as u16 + 2) * 4,
+            // Hop-by-hop, routing, destination options: length in 8 bytes beyond the first 8.
+            _ => offset += (len as u16 + 1) * 8,
         }
+        next = following;
         walked += 1;
     }
     out.proto = next;
@@ -250,28 +235,28 @@ fn parse_l4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let offset = out.l4_offset as usize;
     match out.proto {
         proto::TCP => {
-            let h: [u8; 14] = bytes.load(offset).ok_or(Reason::Malformed)?;
-            ports(out, [h[0], h[1], h[2], h[3]]);
-            out.tcp_flags = h[13];
+            let [w0, _, _, w3] = bytes.load::<4>(offset).ok_or(Reason::Malformed)?;
+            ports(out, w0);
+            out.tcp_flags = w3.to_ne_bytes()[1];
         }
         proto::UDP | proto::SCTP => {
-            let h: [u8; 4] = bytes.load(offset).ok_or(Reason::Malformed)?;
-            ports(out, h);
+            let [w0] = bytes.load::<1>(offset).ok_or(Reason::Malformed)?;
+            ports(out, w0);
         }
         proto::ICMP if matches!(out.kind, Kind::V4) => {
-            let h: [u8; 8] = bytes.load(offset).ok_or(Reason::Malformed)?;
-            match h[0] {
-                // Echo reply and echo: the identifier stands for both ports.
-                0 | 8 => ports(out, [h[4], h[5], h[4], h[5]]),
+            let [w0, w1] = bytes.load::<2>(offset).ok_or(Reason::Malformed)?;
+            match w0.to_ne_bytes()[0] {
+                // Echo reply and echo.
+                0 | 8 => echo(out, w1),
                 // Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792).
                 3 | 4 | 5 | 11 | 12 => out.flags |= flags::ICMP_ERROR,
                 _ => {}
             }
         }
         proto::ICMPV6 if matches!(out.kind, Kind::V6) => {
-            let h: [u8; 8] = bytes.load(offset).ok_or(Reason::Malformed)?;
-            match h[0] {
-                128 | 129 => ports(out, [h[4], h[5], h[4], h[5]]),
+            let [w0, w1] = bytes.load::<2>(offset).ok_or(Reason::Malformed)?;
+            match w0.to_ne_bytes()[0] {
+                128 | 129 => echo(out, w1),
                 // Error messages are those below 128 (RFC 4443 section 2.1).
                 0..=127 => out.flags |= flags::ICMP_ERROR,
                 // MLD query, report, done; router and neighbour discovery, redirect; MLDv2 report.
@@ -285,21 +270,34 @@ fn parse_l4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
 }
 
 #[inline(always)]
-fn ports(out: &mut Packet, p: [u8; 4]) {
-    out.src_port = u16::from_be_bytes([p[0], p[1]]);
-    out.dst_port = u16::from_be_bytes([p[2], p[3]]);
+fn ports(out: &mut Packet, word: u32) {
+    let [s0, s1, d0, d1] = word.to_ne_bytes();
+    out.src_port = u16::from_be_bytes([s0, s1]);
+    out.dst_port = u16::from_be_bytes([d0, d1]);
+    out.flags |= flags::PORTS;
+}
+
+/// The identifier of an echo stands for both ports.
+#[inline(always)]
+fn echo(out: &mut Packet, word: u32) {
+    let [i0, i1, _, _] = word.to_ne_bytes();
+    out.src_port = u16::from_be_bytes([i0, i1]);
+    out.dst_port = out.src_port;
     out.flags |= flags::PORTS;
 }
 
 /// ARP for IPv4 over Ethernet (RFC 826): the sender's and the target's protocol addresses.
 #[inline(always)]
 fn parse_arp(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
-    let h: [u8; 28] = bytes.load(ETH_LEN).ok_or(Reason::Malformed)?;
-    if h[0] != 0 || h[1] != 1 || h[2] != 8 || h[3] != 0 || h[4] != 6 || h[5] != 4 {
+    let [w0, w1, _, w3, w4, _, target] = bytes.load::<7>(ETH_LEN).ok_or(Reason::Malformed)?;
+    // Ethernet (1), IPv4 (0x0800), address lengths 6 and 4.
+    if u32::from_be(w0) != 0x0001_0800 || u32::from_be(w1) >> 16 != 0x0604 {
         return Err(Reason::Malformed);
     }
+    let [_, _, s0, s1] = w3.to_ne_bytes();
+    let [s2, s3, _, _] = w4.to_ne_bytes();
     out.kind = Kind::Arp;
-    out.src = Addr::from_v4_word(word(h[14], h[15], h[16], h[17]));
-    out.dst = Addr::from_v4_word(word(h[24], h[25], h[26], h[27]));
+    out.src = Addr::from_v4_word(u32::from_ne_bytes([s0, s1, s2, s3]));
+    out.dst = Addr::from_v4_word(target);
     Ok(())
 }

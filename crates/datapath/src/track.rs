@@ -176,7 +176,7 @@ const fn idle_limit(bits: u32, is_tcp: bool) -> u32 {
 /// Records the packet with its flow, or prepares a new flow in `scratch`.
 ///
 /// Later fragments and ICMP errors have no ports of their own and are not recorded.
-#[inline(always)]
+#[inline(never)]
 pub fn track(tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) {
     if !scratch.packet.has(flags::PORTS) {
         return;

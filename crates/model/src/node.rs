@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
 
-    fn node(spec: Value, addresses: Value) -> Value {
+    fn node(spec: &Value, addresses: &Value) -> Value {
         json!({"metadata": {"name": "n1", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"},
                "spec": spec, "status": {"addresses": addresses}})
     }
@@ -164,8 +164,8 @@ mod tests {
     #[test]
     fn a_dual_stack_node_is_read() {
         let parsed = Node::parse(&node(
-            json!({"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"]}),
-            json!([{"type": "Hostname", "address": "n1"}, {"type": "InternalIP", "address": "172.18.1.1"},
+            &json!({"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"]}),
+            &json!([{"type": "Hostname", "address": "n1"}, {"type": "InternalIP", "address": "172.18.1.1"},
                    {"type": "InternalIP", "address": "fd00::1"}]),
         ))
         .unwrap();
@@ -204,7 +204,7 @@ mod tests {
             (json!({}), json!({"a": 1}), "status.addresses", "not a list"),
         ];
         for (spec, addresses, field, cause) in cases {
-            let rejection = Node::parse(&node(spec.clone(), addresses.clone())).unwrap_err();
+            let rejection = Node::parse(&node(spec, addresses)).unwrap_err();
             assert_eq!(&rejection.field, field, "{spec} {addresses}");
             assert!(rejection.cause.contains(cause), "{} lacks {cause}", rejection.cause);
             assert!(rejection.to_string().starts_with("Node n1: "), "{rejection}");

@@ -43,29 +43,20 @@ impl Nodes {
                 self.nodes.remove(&name);
             }
         }
-        let before = std::mem::take(&mut self.refused);
-        self.refused = refusals(&self.nodes);
-        self.refused
-            .iter()
-            .flat_map(|(name, list)| {
-                let old = before.get(name);
-                list.iter().filter(move |r| old.is_none_or(|o| !o.contains(r))).cloned()
-            })
-            .collect()
+        self.refresh()
     }
 
     /// Replaces the whole set (after a new list) and returns the refusals that are new.
     pub fn replace(&mut self, nodes: Vec<Node>) -> Vec<Rejection> {
-        let before = std::mem::take(&mut self.refused);
         self.nodes = nodes.into_iter().map(|node| (node.name.clone(), node)).collect();
-        self.refused = refusals(&self.nodes);
-        self.refused
-            .iter()
-            .flat_map(|(name, list)| {
-                let old = before.get(name);
-                list.iter().filter(move |r| old.is_none_or(|o| !o.contains(r))).cloned()
-            })
-            .collect()
+        self.refresh()
+    }
+
+    /// Works the refusals out anew and returns those that were not there before.
+    fn refresh(&mut self) -> Vec<Rejection> {
+        let before = std::mem::replace(&mut self.refused, refusals(&self.nodes));
+        let is_new = |r: &&Rejection| before.get(&r.name).is_none_or(|old| !old.contains(r));
+        self.refused.values().flatten().filter(is_new).cloned().collect()
     }
 
     /// The node of this name.
