@@ -233,6 +233,11 @@ fn unescape(value: &str) -> String {
     out
 }
 
+/// A number or boolean as it is written in a selector.
+fn scalar_text(value: &Value) -> String {
+    value.to_string()
+}
+
 fn field_equals(object: &Value, field: &str, wanted: &str) -> bool {
     // Two names that do not mirror their place in the object.
     match field {
@@ -256,7 +261,7 @@ fn field_equals(object: &Value, field: &str, wanted: &str) -> bool {
             _ => wanted.is_empty(),
         },
         Some(Value::String(text)) => text == wanted,
-        Some(other) => other.to_string() == wanted,
+        Some(other) => scalar_text(other) == wanted,
     }
 }
 

@@ -6,6 +6,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use serde_json::Value;
 
+use super::protobuf;
 use crate::error::ApiError;
 
 /// Largest request body in bytes, as a real API server has it.
@@ -30,10 +31,11 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
         .map_err(|error| ApiError::bad_request(format!("the body of the request is not JSON: {error}")))
 }
 
-/// A body that must be a JSON object in a content type that says so.
+/// A body that holds one object, as JSON or as what is understood of Kubernetes' protobuf.
 pub(super) fn object(headers: &HeaderMap, bytes: &[u8]) -> Result<Value, ApiError> {
     match content_type(headers) {
         "" | "application/json" => parse(bytes),
+        "application/vnd.kubernetes.protobuf" => protobuf::decode(bytes),
         other => Err(ApiError::unsupported_media_type(format!(
             "the body of the request was in an unknown format ({other:?}) - accepted media types include: \
              application/json"

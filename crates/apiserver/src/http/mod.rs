@@ -3,6 +3,7 @@
 mod body;
 mod discovery;
 mod media;
+mod protobuf;
 mod query;
 mod resource;
 mod route;
@@ -34,19 +35,28 @@ use route::Route;
 const MAX_CONNECTIONS: usize = 1024;
 /// Time to send a request's headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Path under which the whole API is served again to those who know the token.
+const PATH_PREFIX: &str = "/token/";
 /// Pause after a failed accept, which mostly means that the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 type ResponseBody = UnsyncBoxBody<Bytes, Infallible>;
 
-/// The secret that clients send as `Authorization: Bearer …`.
+/// The secret that clients must bring: as `Authorization: Bearer …`, or as the first part of the URL's path
+/// ([`BearerToken::path_prefix`]). The latter is for kubectl, which sends no token over plain HTTP.
 #[derive(Clone)]
 pub struct BearerToken(String);
 
 impl BearerToken {
-    /// Any text without spaces; make it long and random.
+    /// A long, random text of letters, digits and dashes.
     pub fn new(token: impl Into<String>) -> Self {
         Self(token.into())
+    }
+
+    /// What to put behind host and port in a kubeconfig's `server`, such as `/token/8f2e…`. With it no further token
+    /// is needed; treat the whole URL as the secret.
+    pub fn path_prefix(&self) -> String {
+        format!("{PATH_PREFIX}{}", self.0)
     }
 
     /// Compares without telling by its time how much was right.
@@ -119,8 +129,10 @@ struct Server {
 
 impl Server {
     async fn respond(&self, request: Request<Incoming>) -> Response<ResponseBody> {
-        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        let response = match self.answer(request).await {
+        let method = request.method().clone();
+        let (path, authorized) = self.admit(&request);
+        let path = path.to_owned();
+        let response = match self.answer(request, &path, authorized).await {
             Ok(response) => response,
             Err(error) => json_response(
                 StatusCode::from_u16(error.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
@@ -131,11 +143,18 @@ impl Server {
         response
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Result<Response<ResponseBody>, ApiError> {
-        let route = Route::parse(&self.store, request.uri().path())?;
-        if !route.is_public() && !self.is_authorized(&request) {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        path: &str,
+        authorized: bool,
+    ) -> Result<Response<ResponseBody>, ApiError> {
+        // Whether a path exists is told only to those who may see it.
+        let route = Route::parse(&self.store, path);
+        if !authorized && !route.as_ref().is_ok_and(Route::is_public) {
             return Err(ApiError::unauthorized());
         }
+        let route = route?;
         let route = match route {
             Route::Resource(target) => return resource::answer(&self.store, target, request).await,
             other => other,
@@ -150,15 +169,26 @@ impl Server {
         })
     }
 
-    fn is_authorized(&self, request: &Request<Incoming>) -> bool {
-        let Some(token) = &self.auth else { return true };
+    /// The path without the token, and whether the request brought the right one.
+    fn admit<'a>(&self, request: &'a Request<Incoming>) -> (&'a str, bool) {
+        let path = request.uri().path();
+        let in_path = path.strip_prefix(PATH_PREFIX).map(|rest| {
+            let end = rest.find('/').unwrap_or(rest.len());
+            rest.split_at(end)
+        });
         let presented = request
             .headers()
             .get(header::AUTHORIZATION)
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.split_once(' '))
-            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        presented.is_some_and(|(_, presented)| token.admits(presented.trim()))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+            .map(|(_, presented)| presented.trim());
+        let admits = |presented: &str| self.auth.as_ref().is_none_or(|token| token.admits(presented));
+        match (in_path, presented) {
+            (Some((presented, rest)), _) => (rest, admits(presented)),
+            (None, Some(presented)) => (path, admits(presented)),
+            (None, None) => (path, self.auth.is_none()),
+        }
     }
 }
 

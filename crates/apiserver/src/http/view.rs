@@ -124,7 +124,7 @@ impl Presenter {
             Form::Table(include) => {
                 let revision = json::get_str(object, &["metadata", "resourceVersion"]);
                 let metadata = json!({"resourceVersion": revision});
-                let table = self.table(std::slice::from_ref(object), metadata, include, !self.columns_sent);
+                let table = self.table(std::slice::from_ref(object), &metadata, include, !self.columns_sent);
                 self.columns_sent = true;
                 encode(&Line { type_, object: table })
             }
@@ -138,7 +138,7 @@ impl Presenter {
             Form::Table(include) => {
                 let revision = json::get_str(object, &["metadata", "resourceVersion"]);
                 let metadata = json!({"resourceVersion": revision});
-                encode(&self.table(std::slice::from_ref(object), metadata, include, true))
+                encode(&self.table(std::slice::from_ref(object), &metadata, include, true))
             }
         }
     }
@@ -172,7 +172,7 @@ impl Presenter {
                 metadata,
                 items: Items(list.items.iter().map(|object| MetadataView { object })),
             }),
-            Form::Table(include) => encode(&self.table(&list.items, metadata, include, true)),
+            Form::Table(include) => encode(&self.table(&list.items, &metadata, include, true)),
         }
     }
 
@@ -184,7 +184,13 @@ impl Presenter {
         }
     }
 
-    fn table(&self, objects: &[Arc<Value>], metadata: Value, include: IncludeObject, columns: bool) -> Value {
+    fn table(
+        &self,
+        objects: &[Arc<Value>],
+        metadata: &Value,
+        include: IncludeObject,
+        columns: bool,
+    ) -> Value {
         let now = Timestamp::now();
         let Some(table) = &self.table else { return Value::Null };
         let rows = objects.iter().map(|object| {
@@ -218,7 +224,7 @@ impl Presenter {
         }
         match self.form {
             Form::Table(include) => {
-                let mut table = self.table(&[], metadata.clone(), include, false);
+                let mut table = self.table(&[], &metadata, include, false);
                 let row = json!({"cells": [], "object": {
                     "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
                 }});

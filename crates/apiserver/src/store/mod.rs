@@ -164,7 +164,8 @@ impl Store {
         Ok(updated)
     }
 
-    /// Creates an object, or replaces what exists under its name (unconditionally, status apart).
+    /// Creates an object, or replaces what exists under its name (unconditionally, status apart). A resource version
+    /// or uid in it, as exported objects have, is ignored.
     ///
     /// # Errors
     /// As [`Store::create`] and [`Store::update`].
@@ -173,8 +174,8 @@ impl Store {
         let now = Timestamp::now();
         let mut state = self.write_state();
         let exists = state.get(&key).is_ok();
-        if exists {
-            json::metadata(&mut object).remove("resourceVersion");
+        for foreign in ["resourceVersion", "uid"] {
+            json::metadata(&mut object).remove(foreign);
         }
         let written = if exists {
             state.update(&self.config, &key, object, Subresource::Main, WriteOptions::default(), now)?

@@ -1,7 +1,7 @@
 //! Lists: pages, selectors, and the state as it was at an earlier resource version.
 
-use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::{DecodeError, Engine};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -31,8 +31,10 @@ impl Continue {
         let bad = |why: String| {
             ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"))
         };
-        let bytes =
-            URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).map_err(|error| bad(error.to_string()))?;
+        let bytes = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).map_err(|error| match error {
+            DecodeError::InvalidByte(offset, _) => bad(format!("illegal base64 data at input byte {offset}")),
+            other => bad(other.to_string()),
+        })?;
         serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))
     }
 }

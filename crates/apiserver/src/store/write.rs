@@ -251,6 +251,10 @@ impl State {
         let mut causes = validate::metadata_causes(kind, object);
         if kind.is("", "Namespace") {
             prepare_namespace(current, object);
+        } else if kind.is("", "Pod") && current.is_none() {
+            json::child(object, "status").entry("phase").or_insert_with(|| json!("Pending"));
+        } else if kind.is("", "Service") && current.is_none() {
+            json::child(object, "status").entry("loadBalancer").or_insert_with(|| json!({}));
         } else if kind.is("", "Secret") {
             causes.extend(prepare_secret(object));
         } else if kind.is("apiextensions.k8s.io", "CustomResourceDefinition") {

@@ -54,8 +54,7 @@ impl Step {
                     match (found, equals) {
                         (None, _) => false,
                         (Some(_), None) => true,
-                        (Some(Value::String(text)), Some(wanted)) => text == wanted,
-                        (Some(other), Some(wanted)) => other.to_string() == *wanted,
+                        (Some(found), Some(wanted)) => super::format::scalar_or(Some(found), "") == *wanted,
                     }
                 };
                 items.iter().filter(holds).collect()

@@ -105,7 +105,7 @@ impl Table {
         match &self.printer {
             Printer::BuiltIn(printer) => cells.extend(printer(object, now)),
             Printer::Custom(paths) => {
-                cells.extend(paths.iter().map(|(path, type_)| custom_cell(path.find(object), type_, now)));
+                cells.extend(paths.iter().map(|(path, type_)| custom_cell(&path.find(object), type_, now)));
             }
             Printer::CreatedAt => {
                 cells.push(object["metadata"].get("creationTimestamp").cloned().unwrap_or(Value::Null));
@@ -116,9 +116,9 @@ impl Table {
     }
 }
 
-fn custom_cell(found: Vec<&Value>, type_: &str, now: Timestamp) -> Value {
+fn custom_cell(found: &[&Value], type_: &str, now: Timestamp) -> Value {
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    match (type_, found.as_slice()) {
+    match (type_, found) {
         (_, []) => Value::Null,
         ("date", [value, ..]) => json!(format::since(value.as_str().unwrap_or_default(), now)),
         ("string", [value]) if !value.is_string() => json!(text(value)),
