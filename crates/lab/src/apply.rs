@@ -1,0 +1,278 @@
+//! Manifests into a running lab, through its API: namespaces first, then custom kinds, then the rest in order.
+//!
+//! An object that is there already is replaced, as `kubectl replace` does, so that the same folder can be given
+//! again after a change.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::manifest::{Object, Problem};
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Objects created.
+    pub created: usize,
+    /// Objects that were there and now look as the manifest says.
+    pub replaced: usize,
+    /// What was done on the manifests' behalf, for people to read.
+    pub notes: Vec<String>,
+    /// Objects that the server refused.
+    pub problems: Vec<Problem>,
+}
+
+/// How a kind is addressed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Resource {
+    plural: String,
+    namespaced: bool,
+}
+
+/// Writes the objects.
+///
+/// # Errors
+/// When the server cannot be reached. A refused object is a problem in the result, and the rest goes on.
+pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Applied> {
+    let mut work = Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
+    let list = work.client.read("/api/v1/namespaces").await?;
+    work.namespaces.extend(names(&list));
+    for object in in_order(objects) {
+        work.write(object).await?;
+    }
+    Ok(work.out)
+}
+
+/// Namespaces, then definitions of custom kinds, then everything else; each in the order of the files.
+fn in_order(objects: &[Object]) -> Vec<&Object> {
+    let rank = |o: &&Object| match (o.group(), o.kind()) {
+        ("", "Namespace") => 0,
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => 1,
+        _ => 2,
+    };
+    let mut sorted: Vec<&Object> = objects.iter().collect();
+    sorted.sort_by_key(rank);
+    sorted
+}
+
+fn names(list: &Value) -> Vec<String> {
+    let items = list["items"].as_array().into_iter().flatten();
+    items.filter_map(|i| i["metadata"]["name"].as_str().map(str::to_owned)).collect()
+}
+
+struct Work<'a> {
+    client: &'a mut Client,
+    /// By apiVersion and kind.
+    kinds: BTreeMap<(String, String), Resource>,
+    namespaces: BTreeSet<String>,
+    out: Applied,
+}
+
+impl Work<'_> {
+    async fn write(&mut self, object: &Object) -> anyhow::Result<()> {
+        let problem = |cause: String| Problem {
+            origin: object.origin.clone(),
+            object: Some(object.display_name()),
+            cause,
+        };
+        let resource = match self.resource(object).await? {
+            Ok(resource) => resource,
+            Err(cause) => {
+                self.out.problems.push(problem(cause));
+                return Ok(());
+            }
+        };
+        let mut value = object.value.clone();
+        // What an export of another cluster carries along.
+        if let Some(meta) = value["metadata"].as_object_mut() {
+            for field in ["resourceVersion", "uid", "creationTimestamp", "managedFields", "selfLink", "generation"] {
+                meta.remove(field);
+            }
+        }
+        let mut collection = prefix(object.api_version());
+        if resource.namespaced {
+            let namespace = object.namespace().unwrap_or("default").to_owned();
+            value["metadata"]["namespace"] = namespace.as_str().into();
+            self.ensure_namespace(&namespace).await?;
+            collection.push_str(&format!("/namespaces/{namespace}"));
+        } else if let Some(meta) = value["metadata"].as_object_mut() {
+            meta.remove("namespace");
+        }
+        collection.push_str(&format!("/{}", resource.plural));
+        let answer = self.client.call(Method::POST, &collection, Some(&value)).await?;
+        let answer = if answer.code == StatusCode::CONFLICT && answer.body["reason"] == "AlreadyExists" {
+            let path = format!("{collection}/{}", object.name());
+            let answer = self.client.call(Method::PUT, &path, Some(&value)).await?;
+            if answer.code.is_success() {
+                self.out.replaced += 1;
+            }
+            answer
+        } else {
+            if answer.code.is_success() {
+                self.out.created += 1;
+            }
+            answer
+        };
+        if !answer.code.is_success() {
+            let message = answer.body["message"].as_str().unwrap_or("refused without a message");
+            self.out.problems.push(problem(format!("refused by the API server: {message}")));
+        } else if object.kind() == "Namespace" && object.group().is_empty() {
+            self.namespaces.insert(object.name().to_owned());
+        }
+        Ok(())
+    }
+
+    async fn ensure_namespace(&mut self, name: &str) -> anyhow::Result<()> {
+        if self.namespaces.contains(name) {
+            return Ok(());
+        }
+        let value = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        let answer = self.client.call(Method::POST, "/api/v1/namespaces", Some(&value)).await?;
+        if answer.code.is_success() {
+            self.out.notes.push(format!("namespace {name} is in no manifest and was created"));
+        }
+        // Refused or not: the object's own refusal will name the cause, once per object is enough.
+        self.namespaces.insert(name.to_owned());
+        Ok(())
+    }
+
+    /// The resource of an object's kind. A kind that nobody has defined is defined here.
+    async fn resource(&mut self, object: &Object) -> anyhow::Result<Result<Resource, String>> {
+        let key = (object.api_version().to_owned(), object.kind().to_owned());
+        if let Some(known) = self.kinds.get(&key) {
+            return Ok(Ok(known.clone()));
+        }
+        if let Some(found) = self.discover(object).await? {
+            self.kinds.insert(key, found.clone());
+            return Ok(Ok(found));
+        }
+        // Groups without a dot are Kubernetes' own; a kind missing from them is a mistake or an old version.
+        if !object.group().contains('.') || object.group().ends_with(".k8s.io") && self.serves(object.group()).await? {
+            return Ok(Err(format!(
+                "no kind {} in {}: misspelt, or a version that Kubernetes no longer has",
+                object.kind(),
+                object.api_version()
+            )));
+        }
+        let definition = definition(object);
+        let namespaced = definition["spec"]["scope"] == "Namespaced";
+        let path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+        let mut answer = self.client.call(Method::POST, path, Some(&definition)).await?;
+        if answer.code == StatusCode::CONFLICT {
+            // Defined, but not in this version.
+            let path = format!("{path}/{}.{}", plural(object.kind()), object.group());
+            let mut known = self.client.read(&path).await?;
+            if let (Some(versions), Some(new)) =
+                (known["spec"]["versions"].as_array_mut(), definition["spec"]["versions"].get(0))
+            {
+                let mut new = new.clone();
+                new["storage"] = false.into();
+                versions.push(new);
+            }
+            answer = self.client.call(Method::PUT, &path, Some(&known)).await?;
+        }
+        if !answer.code.is_success() {
+            let message = answer.body["message"].as_str().unwrap_or_default();
+            return Ok(Err(format!("custom kind {} cannot be defined: {message}", object.kind())));
+        }
+        let resource = Resource { plural: plural(object.kind()), namespaced };
+        self.out.notes.push(format!(
+            "kind {} of {} is in no manifest and was defined as a custom kind without a schema",
+            object.kind(),
+            object.api_version()
+        ));
+        self.kinds.insert(key, resource.clone());
+        Ok(Ok(resource))
+    }
+
+    async fn serves(&mut self, group: &str) -> anyhow::Result<bool> {
+        Ok(self.client.call(Method::GET, &format!("/apis/{group}"), None).await?.code.is_success())
+    }
+
+    async fn discover(&mut self, object: &Object) -> anyhow::Result<Option<Resource>> {
+        let answer = self.client.call(Method::GET, &prefix(object.api_version()), None).await?;
+        if !answer.code.is_success() {
+            return Ok(None);
+        }
+        let resources = answer.body["resources"].as_array().into_iter().flatten();
+        let found = resources.filter(|r| r["kind"] == object.kind()).find_map(|r| {
+            let plural = r["name"].as_str().filter(|n| !n.contains('/'))?;
+            Some(Resource { plural: plural.to_owned(), namespaced: r["namespaced"].as_bool()? })
+        });
+        Ok(found)
+    }
+}
+
+fn prefix(api_version: &str) -> String {
+    if api_version.contains('/') { format!("/apis/{api_version}") } else { format!("/api/{api_version}") }
+}
+
+/// How kubectl guesses it (`meta.UnsafeGuessKindToResource`).
+fn plural(kind: &str) -> String {
+    let lower = kind.to_lowercase();
+    if lower.ends_with('s') || lower.ends_with("ch") || lower.ends_with('x') {
+        return format!("{lower}es");
+    }
+    match lower.strip_suffix('y') {
+        Some(stem) if !stem.ends_with(['a', 'e', 'i', 'o', 'u']) => format!("{stem}ies"),
+        _ => format!("{lower}s"),
+    }
+}
+
+fn definition(object: &Object) -> Value {
+    let (kind, plural) = (object.kind(), plural(object.kind()));
+    // The manifest does not say where the kind lives; these are the names that cluster-wide kinds have.
+    let cluster_wide = object.namespace().is_none() && (kind.starts_with("Cluster") || kind.ends_with("Class"));
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": format!("{plural}.{}", object.group()),
+                     "annotations": {"lab.podway.dev/defined-by": "podway lab up"}},
+        "spec": {
+            "group": object.group(),
+            "scope": if cluster_wide { "Cluster" } else { "Namespaced" },
+            "names": {"kind": kind, "listKind": format!("{kind}List"), "plural": plural, "singular": kind.to_lowercase()},
+            "versions": [{"name": object.version(), "served": true, "storage": true,
+                          "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}],
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::Origin;
+
+    fn object(value: Value) -> Object {
+        Object { value, origin: Origin { file: "a.yaml".into(), document: 1 } }
+    }
+
+    #[test]
+    fn plurals_are_guessed_as_kubectl_does() {
+        for (kind, want) in [
+            ("Gateway", "gateways"),
+            ("NetworkPolicy", "networkpolicies"),
+            ("Ingress", "ingresses"),
+            ("Prefix", "prefixes"),
+            ("Switch", "switches"),
+            ("HTTPRoute", "httproutes"),
+        ] {
+            assert_eq!(plural(kind), want);
+        }
+    }
+
+    #[test]
+    fn namespaces_and_definitions_come_first() {
+        let objects: Vec<Object> = ["Service", "Namespace", "CustomResourceDefinition", "Pod"]
+            .iter()
+            .map(|kind| {
+                let version = if *kind == "CustomResourceDefinition" { "apiextensions.k8s.io/v1" } else { "v1" };
+                object(json!({"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}))
+            })
+            .collect();
+        let kinds: Vec<&str> = in_order(&objects).into_iter().map(Object::kind).collect();
+        assert_eq!(kinds, ["Namespace", "CustomResourceDefinition", "Service", "Pod"]);
+    }
+}

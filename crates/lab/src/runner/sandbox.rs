@@ -1,0 +1,194 @@
+//! A pod's network namespace and its attachment by the CNI plugin, run as a container runtime runs it.
+//!
+//! CNI specification 1.1.0: <https://www.cni.dev/docs/spec/>.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use podway_apiserver::get_str;
+use podway_link::{NETNS_DIR, Netns};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+
+use super::{NodeContext, Runner};
+use crate::topology::prefer_cubic;
+
+/// A plugin that has not answered by then is killed. The kubelet's own limit for a sandbox is 4 minutes.
+const PLUGIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interface name in the pod.
+const INTERFACE: &str = "eth0";
+/// CNI code "try again later".
+const TRY_AGAIN: u64 = 11;
+
+/// Why a sandbox could not be made or removed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct SandboxError {
+    pub(super) message: String,
+    /// The plugin asks for another try: nothing is wrong with the pod.
+    pub(super) try_again: bool,
+}
+
+impl SandboxError {
+    fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), try_again: false }
+    }
+}
+
+/// A pod's place on its node.
+#[derive(Debug, Clone)]
+pub(super) struct Sandbox {
+    /// As the runtime names it towards the plugin.
+    pub(super) id: String,
+    /// Network namespace: the pod's own, or the node's for `hostNetwork`.
+    pub(super) netns: PathBuf,
+    /// Name of the pod's own namespace.
+    own: Option<String>,
+    cni_args: String,
+}
+
+impl Sandbox {
+    pub(super) fn of(runner: &Runner, node: &NodeContext, pod: &Value) -> Self {
+        let text = |path: &[&str]| get_str(pod, path).to_owned();
+        let (namespace, name, uid) =
+            (text(&["metadata", "namespace"]), text(&["metadata", "name"]), text(&["metadata", "uid"]));
+        let id = format!("{}-{uid}", runner.lab);
+        let host_network = pod["spec"]["hostNetwork"].as_bool() == Some(true);
+        let own = (!host_network).then(|| runner.lab.pod_netns(&namespace, &name));
+        Self {
+            netns: own.as_ref().map_or_else(|| node.netns.clone(), |n| Path::new(NETNS_DIR).join(n)),
+            own,
+            cni_args: format!(
+                "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};\
+                 K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_UID={uid}"
+            ),
+            id,
+        }
+    }
+
+    /// Makes the namespace and attaches it. Returns the pod's addresses in the order of the plugin's result. May
+    /// be called again after a failure.
+    pub(super) async fn create(&self, runner: &Runner, node: &NodeContext) -> Result<Vec<IpAddr>, SandboxError> {
+        let Some(name) = self.own.clone() else { return Ok(node.plan.addresses.clone()) };
+        // The limit is shared by all pods and never closed.
+        let _permit = runner.sandboxes.acquire().await.expect("the semaphore is never closed");
+        blocking(move || match Netns::create_named(&name) {
+            Ok(namespace) => prefer_cubic(&namespace),
+            Err(e) if e.is_exists() => Ok(()),
+            Err(e) => Err(e),
+        })
+        .await?;
+        let result = self.plugin(runner, node, "ADD").await?;
+        addresses(&result)
+    }
+
+    /// Detaches and removes the namespace. May be called again, and when nothing was made.
+    pub(super) async fn remove(&self, runner: &Runner, node: &NodeContext) -> Result<(), SandboxError> {
+        let Some(name) = self.own.clone() else { return Ok(()) };
+        self.plugin(runner, node, "DEL").await?;
+        blocking(move || Netns::delete_named(&name)).await
+    }
+
+    async fn plugin(&self, runner: &Runner, node: &NodeContext, command: &str) -> Result<Value, SandboxError> {
+        let config = json!({
+            "cniVersion": "1.1.0",
+            "name": "podway",
+            "type": "podway-cni",
+            "socket": node.agent_socket,
+        });
+        let fail = |what: &str, e: std::io::Error| SandboxError::new(format!("{what} CNI plugin: {e}"));
+        // As a container runtime does it: in the node's namespace, with the call in the environment.
+        let mut child = super::container::enter(Some(&node.cgroup.child("cni")), Some(&node.netns))
+            .arg("--")
+            .arg(&runner.cni_plugin)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", &self.id)
+            .env("CNI_NETNS", &self.netns)
+            .env("CNI_IFNAME", INTERFACE)
+            .env("CNI_ARGS", &self.cni_args)
+            .env("CNI_PATH", runner.cni_plugin.parent().unwrap_or(Path::new("/")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| fail("start", e))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A plugin that refuses its environment may end without reading; its own answer says more.
+            let _ = stdin.write_all(config.to_string().as_bytes()).await;
+        }
+        let output = tokio::time::timeout(PLUGIN_TIMEOUT, child.wait_with_output())
+            .await
+            .map_err(|_| SandboxError::new(format!("CNI {command}: no answer in {} s", PLUGIN_TIMEOUT.as_secs())))?
+            .map_err(|e| fail("wait for", e))?;
+        if output.status.success() {
+            if command != "ADD" {
+                return Ok(Value::Null);
+            }
+            return serde_json::from_slice(&output.stdout)
+                .map_err(|e| SandboxError::new(format!("CNI {command}: result is not JSON: {e}")));
+        }
+        Err(plugin_error(command, &output.stdout, &output.stderr, &output.status.to_string()))
+    }
+}
+
+async fn blocking(f: impl FnOnce() -> podway_link::Result<()> + Send + 'static) -> Result<(), SandboxError> {
+    match tokio::task::spawn_blocking(f).await {
+        Ok(result) => result.map_err(|e| SandboxError::new(e.to_string())),
+        Err(e) => Err(SandboxError::new(format!("network namespace: {e}"))),
+    }
+}
+
+fn addresses(result: &Value) -> Result<Vec<IpAddr>, SandboxError> {
+    let list: Vec<IpAddr> = result["ips"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|ip| ip["address"].as_str()?.split('/').next()?.parse().ok())
+        .collect();
+    if list.is_empty() {
+        return Err(SandboxError::new(format!("CNI ADD: the result has no address: {result}")));
+    }
+    Ok(list)
+}
+
+fn plugin_error(command: &str, stdout: &[u8], stderr: &[u8], status: &str) -> SandboxError {
+    let stderr = String::from_utf8_lossy(stderr);
+    let stderr = stderr.trim();
+    let Ok(error) = serde_json::from_slice::<Value>(stdout) else {
+        return SandboxError::new(format!("CNI {command}: {status}: {stderr}"));
+    };
+    let code = error["code"].as_u64().unwrap_or(0);
+    let mut message = format!("CNI {command}: {} (code {code})", get_str(&error, &["msg"]));
+    let details = get_str(&error, &["details"]);
+    if !details.is_empty() {
+        message.push_str(": ");
+        message.push_str(details);
+    }
+    SandboxError { message, try_again: code == TRY_AGAIN }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_and_errors_of_plugins_are_understood() {
+        let v = json!({"ips": [{"address": "10.244.1.2/32"}, {"address": "fd00::2/128"}, {"address": 5}]});
+        assert_eq!(addresses(&v).map(|a| a.len()), Ok(2));
+        assert!(addresses(&json!({})).is_err());
+        for (stdout, stderr, part, again) in [
+            (r#"{"code": 11, "msg": "agent away", "details": "no socket"}"#, "", "agent away (code 11): no socket", true),
+            (r#"{"code": 7, "msg": "bad"}"#, "", "bad (code 7)", false),
+            ("", "exec failed", "exit status: 1: exec failed", false),
+        ] {
+            let e = plugin_error("ADD", stdout.as_bytes(), stderr.as_bytes(), "exit status: 1");
+            assert!(e.message.contains(part), "{e}");
+            assert_eq!(e.try_again, again);
+        }
+    }
+}
