@@ -26,6 +26,8 @@
 
 mod config;
 pub mod defaults;
+mod endpoints;
+mod events;
 mod names;
 mod nodes;
 mod op;
@@ -34,9 +36,12 @@ mod planner;
 mod read;
 mod scheduler;
 mod selector;
+mod services;
 mod workloads;
 mod world;
 
+#[cfg(test)]
+mod lifecycle_tests;
 #[cfg(test)]
 mod testing;
 
@@ -61,5 +66,8 @@ pub fn reconcile(world: &World<'_>, config: &Config) -> Plan {
     nodes::reconcile(&mut planner);
     workloads::reconcile(&mut planner);
     scheduler::reconcile(&mut planner);
+    services::reconcile(&mut planner);
+    endpoints::reconcile(&mut planner);
+    events::expire(&mut planner);
     planner.finish()
 }

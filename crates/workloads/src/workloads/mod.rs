@@ -11,6 +11,8 @@ mod replicas;
 mod revisions;
 mod statefulset;
 
+pub(crate) use pods::owner_reference;
+
 use crate::planner::Planner;
 use crate::read::Malformed;
 use crate::world::{Kind, Object};
