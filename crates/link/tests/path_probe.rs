@@ -273,3 +273,15 @@ fn a_path_that_flaps_does_not_flood() {
     // 222 s; a search at full speed sends about 20 packets each quarter of a second.
     assert!(simulation.sent < 222 * 80, "{}", simulation.sent);
 }
+
+#[test]
+fn answers_later_than_their_round_are_not_wasted() {
+    // Each answer takes longer than the shortest timeout, and the first ones come before any is known.
+    for rtt in [260, 400, 700] {
+        let mut net = Net::new(1400);
+        net.rtt = Duration::from_millis(rtt);
+        let mut simulation = Simulation::new(1500);
+        let verdict = simulation.run(&mut net, 20 * SECOND);
+        assert_eq!(verdict, Verdict::Narrow { expected: 1500, found: 1400 }, "rtt {rtt} ms");
+    }
+}

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Namespace, root};
-use podway_link::probe::{DEFAULT_PORT, Prober, ProberConfig, Report, Responder, Verdict};
+use podway_link::probe::{DEFAULT_PORT, PathConfig, Prober, ProberConfig, Report, Responder, Verdict};
 use podway_link::{AddressFlags, VethSpec};
 
 struct Network {
@@ -57,6 +57,12 @@ impl Network {
     }
 }
 
+/// With less rest between the rounds than usual: tests are short.
+fn config() -> ProberConfig {
+    let path = PathConfig { interval: Duration::from_secs(1), ..PathConfig::default() };
+    ProberConfig { path, ..ProberConfig::default() }
+}
+
 /// Runs the prober until a verdict on the peer changes.
 fn next(prober: &mut Prober, time: Duration) -> Option<Report> {
     let ends = Instant::now() + time;
@@ -76,7 +82,7 @@ fn scenario(name: &str, family: [&str; 2], mtu: u16, narrow: u16) {
     let network = Network::new(name, mtu.into(), family);
     let [a, b]: [IpAddr; 2] = family.map(|text| text.parse::<ipnet::IpNet>().unwrap().addr());
     let mut responder = network.b.netns.run(|| Responder::bind(&[b], DEFAULT_PORT)).unwrap().unwrap();
-    let mut prober = network.a.netns.run(|| Prober::bind(&[a], ProberConfig::default())).unwrap().unwrap();
+    let mut prober = network.a.netns.run(|| Prober::bind(&[a], config())).unwrap().unwrap();
     let (done, silent) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -107,8 +113,8 @@ fn scenario(name: &str, family: [&str; 2], mtu: u16, narrow: u16) {
         assert_eq!(found.now, Verdict::Narrow { expected: mtu, found: narrow });
         assert_eq!(found.send_error, None);
         println!("{name}: {mtu} -> {narrow} found after {:?}", since.elapsed());
-        // At most 3.3 s until the next full-size probe, and 5 s from its loss.
-        assert!(since.elapsed() < Duration::from_millis(8300), "{:?}", since.elapsed());
+        // At most 1.1 s until the next full-size probe, and 5 s from its loss.
+        assert!(since.elapsed() < Duration::from_millis(6100), "{:?}", since.elapsed());
 
         network.narrow(mtu.into());
         let healed = next(&mut prober, Duration::from_secs(5)).expect("the healed path");
@@ -148,7 +154,7 @@ fn a_narrow_link_of_the_node_itself_is_named_by_its_error() {
     let network = Network::new("pl", 1500, ["172.31.0.1/24", "172.31.0.2/24"]);
     let [a, b]: [IpAddr; 2] = ["172.31.0.1", "172.31.0.2"].map(|text| text.parse().unwrap());
     let mut responder = network.b.netns.run(|| Responder::bind(&[b], DEFAULT_PORT)).unwrap().unwrap();
-    let mut prober = network.a.netns.run(|| Prober::bind(&[a], ProberConfig::default())).unwrap().unwrap();
+    let mut prober = network.a.netns.run(|| Prober::bind(&[a], config())).unwrap().unwrap();
     // More than the link takes, as with a pod MTU that leaves no room for the tunnel.
     prober.set_peers(&BTreeMap::from([(b, 1550)])).unwrap();
     std::thread::scope(|scope| {

@@ -158,6 +158,16 @@ impl PathProbe {
             return;
         }
         self.rtt = Some(self.rtt.map_or(age, |rtt| rtt.mul_f64(0.8) + age.mul_f64(0.2)));
+        // An answer that comes after the end of its round (a machine short of CPU) still tells of the size.
+        if let Phase::Search { low, .. } | Phase::Confirm { low } = self.phase
+            && size > low
+        {
+            let high = match self.phase {
+                Phase::Search { high, .. } if high > size => high,
+                _ => self.expected,
+            };
+            self.phase = Phase::Search { low: size.min(self.expected - 1), high, silent: 0 };
+        }
         let Some(round) = &mut self.round else { return };
         for (candidate, answered) in &mut round.sizes {
             *answered |= *candidate == size;
