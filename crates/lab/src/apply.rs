@@ -36,7 +36,8 @@ struct Resource {
 /// # Errors
 /// When the server cannot be reached. A refused object is a problem in the result, and the rest goes on.
 pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Applied> {
-    let mut work = Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
+    let mut work =
+        Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
     let list = work.client.read("/api/v1/namespaces").await?;
     work.namespaces.extend(names(&list));
     for object in in_order(objects) {
@@ -87,7 +88,9 @@ impl Work<'_> {
         let mut value = object.value.clone();
         // What an export of another cluster carries along.
         if let Some(meta) = value["metadata"].as_object_mut() {
-            for field in ["resourceVersion", "uid", "creationTimestamp", "managedFields", "selfLink", "generation"] {
+            for field in
+                ["resourceVersion", "uid", "creationTimestamp", "managedFields", "selfLink", "generation"]
+            {
                 meta.remove(field);
             }
         }
@@ -149,7 +152,9 @@ impl Work<'_> {
             return Ok(Ok(found));
         }
         // Groups without a dot are Kubernetes' own; a kind missing from them is a mistake or an old version.
-        if !object.group().contains('.') || object.group().ends_with(".k8s.io") && self.serves(object.group()).await? {
+        if !object.group().contains('.')
+            || object.group().ends_with(".k8s.io") && self.serves(object.group()).await?
+        {
             return Ok(Err(format!(
                 "no kind {} in {}: misspelt, or a version that Kubernetes no longer has",
                 object.kind(),
@@ -224,7 +229,8 @@ fn plural(kind: &str) -> String {
 fn definition(object: &Object) -> Value {
     let (kind, plural) = (object.kind(), plural(object.kind()));
     // The manifest does not say where the kind lives; these are the names that cluster-wide kinds have.
-    let cluster_wide = object.namespace().is_none() && (kind.starts_with("Cluster") || kind.ends_with("Class"));
+    let cluster_wide =
+        object.namespace().is_none() && (kind.starts_with("Cluster") || kind.ends_with("Class"));
     json!({
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -268,7 +274,8 @@ mod tests {
         let objects: Vec<Object> = ["Service", "Namespace", "CustomResourceDefinition", "Pod"]
             .iter()
             .map(|kind| {
-                let version = if *kind == "CustomResourceDefinition" { "apiextensions.k8s.io/v1" } else { "v1" };
+                let version =
+                    if *kind == "CustomResourceDefinition" { "apiextensions.k8s.io/v1" } else { "v1" };
                 object(json!({"apiVersion": version, "kind": kind, "metadata": {"name": "x"}}))
             })
             .collect();

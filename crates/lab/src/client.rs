@@ -113,7 +113,8 @@ impl Client {
             Some(open) if !open.is_closed() => open,
             slot => {
                 let stream = TcpStream::connect(self.address).await?;
-                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+                let (sender, connection) =
+                    hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
                 // Its errors come back through the sender.
                 tokio::spawn(connection);
                 slot.insert(sender)

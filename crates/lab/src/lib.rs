@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod cgroup;
+pub mod check;
 pub mod client;
 pub mod down;
 pub mod etc;

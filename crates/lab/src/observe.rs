@@ -126,7 +126,10 @@ pub async fn observe(client: &mut Client, lab: &LabName) -> anyhow::Result<Obser
         let list = client.read(path).await?;
         unsettled.extend(items(&list).filter_map(|object| {
             let reason = waits_for(kind, object)?;
-            Some(Unsettled { name: format!("{kind} {}/{}", meta(object, "namespace"), meta(object, "name")), reason })
+            Some(Unsettled {
+                name: format!("{kind} {}/{}", meta(object, "namespace"), meta(object, "name")),
+                reason,
+            })
         }));
     }
     let mut out = Observation { nodes, pods, unsettled };
@@ -150,7 +153,10 @@ fn node(object: &Value) -> NodeStatus {
     let ready = condition(object, "Ready");
     NodeStatus {
         name: meta(object, "name").to_owned(),
-        zone: object["metadata"]["labels"]["topology.kubernetes.io/zone"].as_str().unwrap_or_default().to_owned(),
+        zone: object["metadata"]["labels"]["topology.kubernetes.io/zone"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned(),
         addresses: object["status"]["addresses"]
             .as_array()
             .into_iter()
@@ -174,7 +180,8 @@ fn pod(object: &Value) -> PodStatus {
     let status = &object["status"];
     let phase = status["phase"].as_str().unwrap_or("Pending").to_owned();
     let ending = !object["metadata"]["deletionTimestamp"].is_null();
-    let ready = phase == "Succeeded" || condition(object, "Ready").is_some_and(|c| c["status"] == "True") && !ending;
+    let ready =
+        phase == "Succeeded" || condition(object, "Ready").is_some_and(|c| c["status"] == "True") && !ending;
     let (reason, stuck) = if ready { (String::new(), false) } else { why_not(object, ending) };
     let containers = || {
         let list = |field: &str| object["spec"][field].as_array().into_iter().flatten();
@@ -330,7 +337,11 @@ mod tests {
         for (kind, object, want) in [
             ("Deployment", json!({"spec": {"replicas": 2}, "status": {"readyReplicas": 1}}), Some("1 of 2")),
             ("Deployment", json!({"spec": {"replicas": 0}, "status": {}}), None),
-            ("Deployment", json!({"metadata": {"generation": 2}, "status": {"observedGeneration": 1}}), Some("not seen")),
+            (
+                "Deployment",
+                json!({"metadata": {"generation": 2}, "status": {"observedGeneration": 1}}),
+                Some("not seen"),
+            ),
             ("DaemonSet", json!({"status": {"desiredNumberScheduled": 3, "numberReady": 3}}), None),
             ("ReplicaSet", json!({"metadata": {"ownerReferences": [{}]}, "spec": {"replicas": 9}}), None),
             ("Job", json!({"status": {}}), Some("0 of 1")),

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{Flock, FlockArg};
+use podway_apiserver::BearerToken;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::{LabName, LabSpec, labs_dir};
@@ -239,15 +240,15 @@ pub fn list() -> anyhow::Result<Vec<LabName>> {
 
 /// A kubeconfig with one cluster and its token.
 ///
-/// client-go sends no bearer token to a plain HTTP server but does send what the URL carries, so the URL of the
-/// people's file holds the token as well.
+/// client-go sends no bearer token to a plain HTTP server, so the people's file has the token in the server's path
+/// as well.
 #[must_use]
-pub fn kubeconfig(lab: &LabName, host: &str, token: &str, token_in_url: bool) -> String {
-    let user = if token_in_url { format!("podway:{token}@") } else { String::new() };
+pub fn kubeconfig(lab: &LabName, host: &str, token: &str, token_in_path: bool) -> String {
+    let path = if token_in_path { BearerToken::new(token).path_prefix() } else { String::new() };
     let config = serde_json::json!({
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": lab, "cluster": {"server": format!("http://{user}{host}")}}],
+        "clusters": [{"name": lab, "cluster": {"server": format!("http://{host}{path}")}}],
         "users": [{"name": lab, "user": {"token": token}}],
         "contexts": [{"name": lab, "context": {"cluster": lab, "user": lab}}],
         "current-context": lab,
@@ -292,9 +293,9 @@ mod tests {
     #[test]
     fn kubeconfigs_carry_the_token_where_clients_send_it_from() {
         let lab: LabName = "lab".parse().expect("name");
-        for (in_url, server) in [(true, "http://podway:t0ken@127.0.0.1:1"), (false, "http://127.0.0.1:1")] {
+        for (in_path, server) in [(true, "http://127.0.0.1:1/token/t0ken"), (false, "http://127.0.0.1:1")] {
             let config: serde_json::Value =
-                serde_json::from_str(&kubeconfig(&lab, "127.0.0.1:1", "t0ken", in_url)).expect("JSON");
+                serde_json::from_str(&kubeconfig(&lab, "127.0.0.1:1", "t0ken", in_path)).expect("JSON");
             assert_eq!(config["clusters"][0]["cluster"]["server"], server);
             assert_eq!(config["users"][0]["user"]["token"], "t0ken");
         }

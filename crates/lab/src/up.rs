@@ -88,7 +88,8 @@ pub fn ensure(spec: &LabSpec, mut say: impl FnMut(String)) -> anyhow::Result<Mad
     let made = make(spec, &state);
     if let Err(error) = made {
         let left = down::remove(&spec.name)?.left;
-        let left = if left.is_empty() { String::new() } else { format!("\nstill there: {}", left.join("\n")) };
+        let left =
+            if left.is_empty() { String::new() } else { format!("\nstill there: {}", left.join("\n")) };
         bail!("{error:#}{left}");
     }
     Ok(Made::New)
@@ -188,7 +189,9 @@ pub async fn wait(
         if now.is_settled() {
             return Ok(Waited::Settled(now));
         }
-        let same = last.as_ref().is_some_and(|last| last.counts() == now.counts() && last.is_stuck() == now.is_stuck());
+        let same = last
+            .as_ref()
+            .is_some_and(|last| last.counts() == now.counts() && last.is_stuck() == now.is_stuck());
         if !same {
             since = Instant::now();
         }

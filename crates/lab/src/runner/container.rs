@@ -85,7 +85,8 @@ impl ContainerSpec {
         let mut broken = None;
         let mut ports = Vec::new();
         for (index, entry) in container["ports"].as_array().into_iter().flatten().enumerate() {
-            let number = entry["containerPort"].as_u64().and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0);
+            let number =
+                entry["containerPort"].as_u64().and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0);
             let protocol = match entry["protocol"].as_str().unwrap_or("TCP") {
                 "TCP" => Some(Protocol::Tcp),
                 "UDP" => Some(Protocol::Udp),
@@ -95,13 +96,24 @@ impl ContainerSpec {
             match (number, protocol) {
                 (Some(port), Some(protocol)) => {
                     // A port listed twice (for two names) is one socket.
-                    let port = Port { port, protocol, name: entry["name"].as_str().unwrap_or_default().to_owned() };
+                    let port =
+                        Port { port, protocol, name: entry["name"].as_str().unwrap_or_default().to_owned() };
                     if !ports.iter().any(|p: &Port| (p.port, p.protocol) == (port.port, port.protocol)) {
                         ports.push(port);
                     }
                 }
-                (None, _) => broken = Some(format!("ports[{index}].containerPort: {} is not 1 to 65535", entry["containerPort"])),
-                (_, None) => broken = Some(format!("ports[{index}].protocol: {} is not TCP, UDP or SCTP", entry["protocol"])),
+                (None, _) => {
+                    broken = Some(format!(
+                        "ports[{index}].containerPort: {} is not 1 to 65535",
+                        entry["containerPort"]
+                    ))
+                }
+                (_, None) => {
+                    broken = Some(format!(
+                        "ports[{index}].protocol: {} is not TCP, UDP or SCTP",
+                        entry["protocol"]
+                    ))
+                }
             }
         }
         let command = pod["metadata"]["annotations"][format!("{COMMAND_ANNOTATION}{name}")].as_str();
@@ -204,8 +216,12 @@ pub(super) async fn run(
         if started.elapsed() > BACKOFF_RESET {
             backoff = BACKOFF;
         }
-        let message =
-            format!("back-off {} s restarting failed container {}: {}", backoff.as_secs(), spec.name, exit.message);
+        let message = format!(
+            "back-off {} s restarting failed container {}: {}",
+            backoff.as_secs(),
+            spec.name,
+            exit.message
+        );
         progress.state = State::Waiting { reason: "CrashLoopBackOff", message };
         progress.last = Some(exit);
         let _ = report.send((index, progress.clone())).await;
@@ -250,8 +266,10 @@ async fn once(
     } else {
         match first_report(&mut child).await {
             Ok(Report::Ready { unavailable }) => {
-                progress.warnings =
-                    unavailable.into_iter().map(|u| format!("{} port {}: {}", u.protocol, u.port, u.cause)).collect();
+                progress.warnings = unavailable
+                    .into_iter()
+                    .map(|u| format!("{} port {}: {}", u.protocol, u.port, u.cause))
+                    .collect();
                 true
             }
             Ok(Report::Failed { message: cause }) => {
@@ -340,7 +358,11 @@ fn log_path(spec: &ContainerSpec, place: &Place) -> PathBuf {
 fn open_log(path: &Path) -> std::io::Result<File> {
     let long = std::fs::metadata(path).is_ok_and(|m| m.len() > LOG_LIMIT);
     let mut options = OpenOptions::new();
-    if long { options.write(true).truncate(true) } else { options.append(true) };
+    if long {
+        options.write(true).truncate(true)
+    } else {
+        options.append(true)
+    };
     options.create(true).open(path)
 }
 
@@ -384,7 +406,9 @@ fn spawn(spec: &ContainerSpec, place: &Place) -> anyhow::Result<Child> {
 
 /// What a program started by an annotation finds in its environment.
 fn environment(spec: &ContainerSpec, place: &Place) -> Vec<(String, OsString)> {
-    let inherited = ["PATH", "HOME", "LANG", "TERM"].into_iter().filter_map(|k| Some((k.to_owned(), std::env::var_os(k)?)));
+    let inherited = ["PATH", "HOME", "LANG", "TERM"]
+        .into_iter()
+        .filter_map(|k| Some((k.to_owned(), std::env::var_os(k)?)));
     let addresses: Vec<String> = place.addresses.iter().map(ToString::to_string).collect();
     let mut own: Vec<(String, OsString)> = vec![
         ("HOSTNAME".into(), place.hostname.clone().into()),

@@ -75,7 +75,8 @@ impl Runner {
 
     /// Runs the pods of all nodes until the store's pods resource goes away, which it never does.
     pub(crate) async fn run(self: Arc<Self>) {
-        let mut dispatcher = Dispatcher { runner: self, pods: HashMap::new(), names: HashMap::new(), tasks: JoinSet::new() };
+        let mut dispatcher =
+            Dispatcher { runner: self, pods: HashMap::new(), names: HashMap::new(), tasks: JoinSet::new() };
         loop {
             if let Err(error) = dispatcher.watch().await {
                 tracing::warn!(%error, "watch of pods starts again");
@@ -100,7 +101,11 @@ struct Dispatcher {
 impl Dispatcher {
     async fn watch(&mut self) -> Result<(), podway_apiserver::ApiError> {
         let pods = GroupResource::new("", "pods");
-        let mut watcher = self.runner.store.watch(&pods, None, WatchOptions { send_initial_events: true, ..WatchOptions::default() })?;
+        let mut watcher = self.runner.store.watch(
+            &pods,
+            None,
+            WatchOptions { send_initial_events: true, ..WatchOptions::default() },
+        )?;
         // What vanished while nobody watched is not in the initial events.
         let mut unseen: Option<Vec<String>> = Some(self.pods.keys().cloned().collect());
         loop {
@@ -174,9 +179,12 @@ impl Dispatcher {
                 let last = self.pods.remove(&uid).and_then(|sender| sender.borrow().clone());
                 if let Some(pod) = last
                     && !pod["metadata"]["deletionTimestamp"].is_null()
-                    && self.runner.store.key_of(&pod).and_then(|key| self.runner.store.get(&key)).is_ok_and(|now| {
-                        get_str(&now, &["metadata", "uid"]) == uid
-                    })
+                    && self
+                        .runner
+                        .store
+                        .key_of(&pod)
+                        .and_then(|key| self.runner.store.get(&key))
+                        .is_ok_and(|now| get_str(&now, &["metadata", "uid"]) == uid)
                 {
                     self.update(pod);
                 }

@@ -58,8 +58,14 @@ enum Woken {
 }
 
 impl Task {
-    fn new(runner: Arc<Runner>, node: Arc<NodeContext>, pod: &Value, updates: watch::Receiver<PodState>) -> Self {
-        let (namespace, name) = (get_str(pod, &["metadata", "namespace"]), get_str(pod, &["metadata", "name"]));
+    fn new(
+        runner: Arc<Runner>,
+        node: Arc<NodeContext>,
+        pod: &Value,
+        updates: watch::Receiver<PodState>,
+    ) -> Self {
+        let (namespace, name) =
+            (get_str(pod, &["metadata", "namespace"]), get_str(pod, &["metadata", "name"]));
         Self {
             key: ResourceKey::new("", "pods", namespace, name),
             uid: get_str(pod, &["metadata", "uid"]).to_owned(),
@@ -294,7 +300,8 @@ impl Task {
 
     fn write_files(&self, pod: &Value) -> anyhow::Result<()> {
         self.cgroup().create()?;
-        let (resolver, warnings) = etc::resolv_conf(pod, &self.runner.cluster_dns, &self.runner.node_resolver);
+        let (resolver, warnings) =
+            etc::resolv_conf(pod, &self.runner.cluster_dns, &self.runner.node_resolver);
         for warning in warnings {
             self.event(pod, EventType::Warning, "DNSConfigForming", warning);
         }
@@ -321,7 +328,8 @@ impl Task {
             list("initContainers").map(|c| (c, true)).chain(list("containers").map(|c| (c, false)))
         {
             let sidecar = init && get_str(container, &["restartPolicy"]) == "Always";
-            let mut spec = ContainerSpec::of(pod, container, if sidecar { RestartPolicy::Always } else { policy });
+            let mut spec =
+                ContainerSpec::of(pod, container, if sidecar { RestartPolicy::Always } else { policy });
             if !is_label(&spec.name) {
                 spec.broken = Some(format!("name: {:?} is no DNS label", spec.name));
             } else if !names.insert(spec.name.clone()) {

@@ -70,7 +70,11 @@ impl Sandbox {
 
     /// Makes the namespace and attaches it. Returns the pod's addresses in the order of the plugin's result. May
     /// be called again after a failure.
-    pub(super) async fn create(&self, runner: &Runner, node: &NodeContext) -> Result<Vec<IpAddr>, SandboxError> {
+    pub(super) async fn create(
+        &self,
+        runner: &Runner,
+        node: &NodeContext,
+    ) -> Result<Vec<IpAddr>, SandboxError> {
         let Some(name) = self.own.clone() else { return Ok(node.plan.addresses.clone()) };
         // The limit is shared by all pods and never closed.
         let _permit = runner.sandboxes.acquire().await.expect("the semaphore is never closed");
@@ -91,7 +95,12 @@ impl Sandbox {
         blocking(move || Netns::delete_named(&name)).await
     }
 
-    async fn plugin(&self, runner: &Runner, node: &NodeContext, command: &str) -> Result<Value, SandboxError> {
+    async fn plugin(
+        &self,
+        runner: &Runner,
+        node: &NodeContext,
+        command: &str,
+    ) -> Result<Value, SandboxError> {
         let config = json!({
             "cniVersion": "1.1.0",
             "name": "podway",
@@ -123,7 +132,9 @@ impl Sandbox {
         }
         let output = tokio::time::timeout(PLUGIN_TIMEOUT, child.wait_with_output())
             .await
-            .map_err(|_| SandboxError::new(format!("CNI {command}: no answer in {} s", PLUGIN_TIMEOUT.as_secs())))?
+            .map_err(|_| {
+                SandboxError::new(format!("CNI {command}: no answer in {} s", PLUGIN_TIMEOUT.as_secs()))
+            })?
             .map_err(|e| fail("wait for", e))?;
         if output.status.success() {
             if command != "ADD" {
@@ -182,7 +193,12 @@ mod tests {
         assert_eq!(addresses(&v).map(|a| a.len()), Ok(2));
         assert!(addresses(&json!({})).is_err());
         for (stdout, stderr, part, again) in [
-            (r#"{"code": 11, "msg": "agent away", "details": "no socket"}"#, "", "agent away (code 11): no socket", true),
+            (
+                r#"{"code": 11, "msg": "agent away", "details": "no socket"}"#,
+                "",
+                "agent away (code 11): no socket",
+                true,
+            ),
             (r#"{"code": 7, "msg": "bad"}"#, "", "bad (code 7)", false),
             ("", "exec failed", "exit status: 1: exec failed", false),
         ] {

@@ -270,7 +270,10 @@ mod tests {
     }
 
     fn condition<'a>(pod: &'a Value, type_: &str) -> &'a Value {
-        pod["status"]["conditions"].as_array().and_then(|c| c.iter().find(|c| c["type"] == type_)).expect("there")
+        pod["status"]["conditions"]
+            .as_array()
+            .and_then(|c| c.iter().find(|c| c["type"] == type_))
+            .expect("there")
     }
 
     #[test]
@@ -281,10 +284,18 @@ mod tests {
         let failed = State::Terminated(exit(1));
         for (states, phase, ready) in [
             (vec![("a", false, false, running.clone())], "Running", "True"),
-            (vec![("a", false, false, running.clone()), ("b", false, false, waiting.clone())], "Pending", "False"),
+            (
+                vec![("a", false, false, running.clone()), ("b", false, false, waiting.clone())],
+                "Pending",
+                "False",
+            ),
             (vec![("a", false, false, done.clone())], "Succeeded", "False"),
             (vec![("a", false, false, done.clone()), ("b", false, false, failed)], "Failed", "False"),
-            (vec![("i", true, false, waiting.clone()), ("a", false, false, running.clone())], "Running", "True"),
+            (
+                vec![("i", true, false, waiting.clone()), ("a", false, false, running.clone())],
+                "Running",
+                "True",
+            ),
             (vec![("s", true, true, waiting), ("a", false, false, running.clone())], "Running", "False"),
             (vec![("s", true, true, running.clone()), ("a", false, false, done)], "Succeeded", "False"),
             (vec![], "Pending", "False"),
@@ -309,7 +320,10 @@ mod tests {
         let before = condition(&pod, "ContainersReady").clone();
         write(&mut pod, &view, at(9));
         assert_eq!(condition(&pod, "ContainersReady"), &before);
-        pod["status"]["conditions"].as_array_mut().expect("list").push(json!({"type": "lb", "status": "True"}));
+        pod["status"]["conditions"]
+            .as_array_mut()
+            .expect("list")
+            .push(json!({"type": "lb", "status": "True"}));
         write(&mut pod, &view, at(9));
         assert_eq!(condition(&pod, "Ready")["status"], "True");
         assert_eq!(condition(&pod, "Ready")["lastTransitionTime"], rfc3339(at(9)));
@@ -317,7 +331,8 @@ mod tests {
 
     #[test]
     fn containers_tell_their_story() {
-        let mut view = view(&[("a", false, false, State::Waiting { reason: "CrashLoopBackOff", message: "m".into() })]);
+        let mut view =
+            view(&[("a", false, false, State::Waiting { reason: "CrashLoopBackOff", message: "m".into() })]);
         view.containers[0].progress.last = Some(exit(1));
         view.containers[0].progress.restarts = 3;
         let mut pod = json!({});

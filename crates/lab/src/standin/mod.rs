@@ -21,6 +21,7 @@ use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use tokio::sync::watch;
 
 pub use answer::{Answer, HttpRequest, Identity};
+pub(crate) use tcp::serve as serve_tcp;
 
 /// `IPPROTO_SCTP`.
 const IPPROTO_SCTP: i32 = 132;

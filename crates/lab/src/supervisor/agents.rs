@@ -96,7 +96,8 @@ async fn watch(child: &mut Child, node: &Arc<NodeContext>, store: &Store) -> Str
             () = tokio::time::sleep(pause) => {}
         }
         let place = node.clone();
-        let health = tokio::task::spawn_blocking(move || health(&place)).await.unwrap_or_else(|e| Err(e.to_string()));
+        let health =
+            tokio::task::spawn_blocking(move || health(&place)).await.unwrap_or_else(|e| Err(e.to_string()));
         ready = health.is_ok();
         publish(store, node, health.as_ref().map(drop).map_err(String::as_str));
     }
@@ -142,7 +143,9 @@ fn publish(store: &Store, node: &NodeContext, health: Result<(), &str>) {
         Err(cause) => (false, "AgentNotReady", cause),
     };
     let current = store.get(&key(node)).ok();
-    let known = current.as_ref().and_then(|n| n["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == "Ready"));
+    let known = current
+        .as_ref()
+        .and_then(|n| n["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == "Ready"));
     let status = if holds { "True" } else { "False" };
     // A heartbeat alone is no news; writing it every second would only wake every watcher.
     if known.is_some_and(|c| c["status"] == status && c["reason"] == reason && c["message"] == message) {

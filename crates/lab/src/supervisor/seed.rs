@@ -136,14 +136,19 @@ mod tests {
             };
             let store = Store::new(StoreConfig::default());
             seed(&store, &spec).expect("seed");
-            let service = store.get(&ResourceKey::new("", "services", "default", "kubernetes")).expect("service");
+            let service =
+                store.get(&ResourceKey::new("", "services", "default", "kubernetes")).expect("service");
             assert_eq!(service["spec"]["clusterIPs"].as_array().map(Vec::len), Some(cluster_ips));
             let slice = podway_apiserver::GroupResource::new("discovery.k8s.io", "endpointslices");
             assert_eq!(store.snapshot(&[slice]).objects.len(), slices);
             let node = store.get(&ResourceKey::new("", "nodes", "", "node-2")).expect("node");
             assert_eq!(node["metadata"]["labels"]["topology.kubernetes.io/zone"], "zone-2");
             let first = node["status"]["addresses"][0]["address"].as_str().expect("address").to_owned();
-            assert_eq!(first.contains(':'), underlay == UnderlayFamily::Ipv6, "the underlay's family is first");
+            assert_eq!(
+                first.contains(':'),
+                underlay == UnderlayFamily::Ipv6,
+                "the underlay's family is first"
+            );
         }
     }
 }
