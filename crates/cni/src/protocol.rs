@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -183,7 +183,7 @@ pub fn serve_connection(mut stream: UnixStream, handler: &impl Handler) -> io::R
 }
 
 fn receive_request(stream: &mut UnixStream) -> io::Result<(Request, Option<OwnedFd>)> {
-    let peer = rustix::net::sockopt::socket_peercred(&*stream)?.uid;
+    let peer = sockopt::socket_peercred(&*stream)?.uid;
     if !peer.is_root() && peer != rustix::process::geteuid() {
         let cause = format!("user {} is not root", peer.as_raw());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, cause));
@@ -247,7 +247,7 @@ pub enum CallError {
 /// See [`CallError`].
 pub fn call(socket: &Path, command: Command, netns: Option<BorrowedFd<'_>>) -> Result<Response, CallError> {
     let path = || socket.display().to_string();
-    let mut stream = UnixStream::connect(socket).map_err(|source| match source.kind() {
+    let mut stream = connect(socket).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock => {
             CallError::Absent { path: path(), source }
         }
@@ -264,6 +264,17 @@ pub fn call(socket: &Path, command: Command, netns: Option<BorrowedFd<'_>>) -> R
         Err(e) if e.kind() == io::ErrorKind::InvalidData => Err(CallError::Garbled(e)),
         Err(e) => Err(CallError::Interrupted(e)),
     }
+}
+
+/// Connects within [`TRANSFER_TIMEOUT`]: an agent that hangs with its queue of connections full must not hang
+/// the plugin.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(TRANSFER_TIMEOUT))?;
+    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address))?;
+    Ok(UnixStream::from(socket))
 }
 
 impl Command {
