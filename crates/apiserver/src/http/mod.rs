@@ -33,8 +33,9 @@ use route::Route;
 
 /// Connections of one listener; more wait in the listen queue. A watch over HTTP/1.1 holds one.
 const MAX_CONNECTIONS: usize = 1024;
-/// Time to send a request's headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time to send a request's headers, idle time before them included: longer than clients keep idle connections (90 s),
+/// so that it is they who close them.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(120);
 /// Path under which the whole API is served again to those who know the token.
 const PATH_PREFIX: &str = "/token/";
 /// Pause after a failed accept, which mostly means that the process is out of file descriptors.

@@ -99,8 +99,10 @@ impl State {
                     self.disown(&dependent, &uid);
                 }
             }
+            // Once is enough: where owners form a ring, asking again would never end.
+            Propagation::Foreground if has_finalizer(&current, FOREGROUND_FINALIZER) => {}
             Propagation::Foreground => {
-                if self.is_held_by_dependents(&uid) && !has_finalizer(&current, FOREGROUND_FINALIZER) {
+                if self.is_held_by_dependents(&uid) {
                     let list = json::metadata(&mut next).entry("finalizers").or_insert_with(|| json!([]));
                     if let Some(list) = list.as_array_mut() {
                         list.push(json!(FOREGROUND_FINALIZER));
