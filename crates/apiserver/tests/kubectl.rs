@@ -1,5 +1,8 @@
 //! A real kubectl against the server.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+
 mod common;
 
 use common::Server;

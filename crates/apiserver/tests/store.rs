@@ -1,5 +1,7 @@
 //! The store through its Rust interface: what writes do, what follows from deletions, what lists and watches see.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use podway_apiserver::{
     ApiError, DeleteOptions, DeleteOutcome, GroupResource, LabelSelector, ListOptions, Patch, Precondition,
     Propagation, ResourceKey, Store, StoreConfig, Subresource, WatchEvent, WatchOptions, WriteOptions,

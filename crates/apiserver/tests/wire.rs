@@ -1,5 +1,7 @@
 //! The server on the wire, against the recorded answers of a real kube-apiserver.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{Server, recorded};

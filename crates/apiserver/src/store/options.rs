@@ -25,7 +25,7 @@ pub struct StoreConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { watch_window: 4096, max_objects: 200_000, max_events: 5_000, defaulter: None }
+        Self { watch_window: 2048, max_objects: 200_000, max_events: 5_000, defaulter: None }
     }
 }
 

@@ -1,6 +1,8 @@
 //! A served store and a small blocking HTTP client, so that tests see the bytes that any client sees.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of this")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 use podway_apiserver::{BearerToken, Store, StoreConfig, serve};
 use serde_json::Value;
