@@ -43,6 +43,8 @@ mod world;
 #[cfg(test)]
 mod lifecycle_tests;
 #[cfg(test)]
+mod recorded_tests;
+#[cfg(test)]
 mod testing;
 
 pub use config::{Config, ReservedAddress};
