@@ -26,6 +26,12 @@ impl Cgroup {
         Ok(Self(mount_point()?.join("podway").join(lab.as_str())))
     }
 
+    /// The group of a folder.
+    #[must_use]
+    pub fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     /// A group below this one.
     #[must_use]
     pub fn child(&self, name: &str) -> Self {

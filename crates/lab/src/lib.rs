@@ -7,6 +7,7 @@ pub mod client;
 pub mod down;
 pub mod etc;
 mod events;
+pub mod exec;
 pub mod manifest;
 pub mod observe;
 pub mod pod_exec;

@@ -30,6 +30,8 @@ pub struct PodExec {
     pub hosts: Option<PathBuf>,
     /// File to see as `/etc/resolv.conf`.
     pub resolv_conf: Option<PathBuf>,
+    /// Environment variables to set, besides those of the caller.
+    pub env: Vec<(String, OsString)>,
     /// What the program is told to be called; its path when absent.
     pub arg0: Option<OsString>,
     /// The program and its arguments.
@@ -78,7 +80,7 @@ impl PodExec {
             }
         }
         let mut command = Command::new(program);
-        command.args(arguments);
+        command.args(arguments).envs(self.env);
         if let Some(name) = self.arg0 {
             command.arg0(name);
         }

@@ -410,20 +410,39 @@ fn environment(spec: &ContainerSpec, place: &Place) -> Vec<(String, OsString)> {
         .into_iter()
         .filter_map(|k| Some((k.to_owned(), std::env::var_os(k)?)));
     let addresses: Vec<String> = place.addresses.iter().map(ToString::to_string).collect();
-    let mut own: Vec<(String, OsString)> = vec![
-        ("HOSTNAME".into(), place.hostname.clone().into()),
-        ("POD_NAME".into(), place.pod.clone().into()),
-        ("POD_NAMESPACE".into(), place.namespace.clone().into()),
-        ("POD_IP".into(), addresses.first().cloned().unwrap_or_default().into()),
-        ("POD_IPS".into(), addresses.join(",").into()),
-        ("NODE_NAME".into(), place.node.clone().into()),
-    ];
-    if let Some(api) = place.api_service {
-        own.push(("KUBERNETES_SERVICE_HOST".into(), api.to_string().into()));
-        own.push(("KUBERNETES_SERVICE_PORT".into(), "443".into()));
-    }
+    let own = identity(&place.namespace, &place.pod, &place.node, &addresses);
+    let api = place.api_service.into_iter().flat_map(|api| {
+        [("KUBERNETES_SERVICE_HOST", api.to_string()), ("KUBERNETES_SERVICE_PORT", "443".to_owned())]
+    });
+    let api = api.map(|(k, v)| (k.to_owned(), v.into()));
+    let hostname = [("HOSTNAME".to_owned(), place.hostname.clone().into())];
     // The manifest has the last word.
-    inherited.chain(own).chain(spec.env.iter().map(|(k, v)| (k.clone(), v.clone().into()))).collect()
+    let manifest = spec.env.iter().map(|(k, v)| (k.clone(), v.clone().into()));
+    inherited.chain(hostname).chain(own).chain(api).chain(manifest).collect()
+}
+
+/// The same for a person's command in a running pod; the rest of the environment is the person's own.
+pub(crate) fn environment_of(pod: &Value, container: &Value, node: &str) -> Vec<(String, OsString)> {
+    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let addresses: Vec<String> =
+        pod["status"]["podIPs"].as_array().into_iter().flatten().map(|a| text(&a["ip"])).collect();
+    let meta = &pod["metadata"];
+    let own = identity(&text(&meta["namespace"]), &text(&meta["name"]), node, &addresses);
+    let spec = ContainerSpec::of(pod, container, RestartPolicy::Never);
+    own.into_iter().chain(spec.env.into_iter().map(|(k, v)| (k, v.into()))).collect()
+}
+
+fn identity(namespace: &str, pod: &str, node: &str, addresses: &[String]) -> Vec<(String, OsString)> {
+    let first = addresses.first().cloned().unwrap_or_default();
+    [
+        ("POD_NAMESPACE", namespace.to_owned()),
+        ("POD_NAME", pod.to_owned()),
+        ("NODE_NAME", node.to_owned()),
+        ("POD_IP", first),
+        ("POD_IPS", addresses.join(",")),
+    ]
+    .map(|(k, v)| (k.to_owned(), v.into()))
+    .to_vec()
 }
 
 /// `podway internal pod-exec` with its first options. `/proc/self/exe` is this very program even after its file

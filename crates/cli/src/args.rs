@@ -1,0 +1,320 @@
+//! The command line, as clap parses it. The doc comments are what `--help` prints.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use podway_lab::spec::{self, LabName, LabSpec};
+
+/// Kubernetes networking in one binary
+#[derive(Debug, Parser)]
+#[command(name = "podway", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Whole clusters in network namespaces on this machine, made from unchanged manifests
+    #[command(subcommand)]
+    Lab(Lab),
+    /// Parts that other commands start
+    #[command(subcommand, hide = true)]
+    Internal(Internal),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Lab {
+    /// Make a lab from manifests and wait until its pods are ready
+    ///
+    /// Manifests are files or folders of YAML or JSON, unchanged. Every pod becomes a network namespace; in place of
+    /// each container runs a stand-in that listens on the container's ports and answers with who and where it is. The
+    /// annotation lab.podway.dev/command.CONTAINER on a pod names a command of this machine to run instead.
+    ///
+    /// Giving the same command again updates the objects of the running lab.
+    Up(Up),
+    /// Show nodes, pods and what is not ready
+    Status(Show),
+    /// List the labs of this machine
+    List(Format),
+    /// Run a command inside a pod
+    Exec(Exec),
+    /// Work on a node
+    #[command(subcommand)]
+    Node(Node),
+    /// Print the path of the lab's kubeconfig: export KUBECONFIG=$(podway lab kubeconfig)
+    Kubeconfig(Which),
+    /// Check that every pod and node reaches every other, by ICMP and TCP, with its own source address
+    ///
+    /// Exits with 1 when a path is not as it should be.
+    Check(Show),
+    /// Remove a lab with everything in it; works after any crash
+    Down(Down),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Which {
+    /// Name of the lab; not needed when there is only one
+    #[arg(long, env = "PODWAY_LAB")]
+    pub(crate) name: Option<LabName>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Format {
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub(crate) output: OutputFormat,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Show {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Mode {
+    /// In VXLAN, over any network between the nodes
+    Vxlan,
+    /// Routed by node address, for nodes on one link
+    Direct,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Family {
+    Ipv4,
+    Ipv6,
+    /// IPv4 and IPv6
+    Dual,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum UnderlayFamily {
+    Ipv4,
+    Ipv6,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// Manifest files and folders
+    #[arg(required = true, value_name = "FILE|DIR")]
+    pub(crate) manifests: Vec<PathBuf>,
+    /// Name of the lab
+    #[arg(long, env = "PODWAY_LAB", default_value = "lab")]
+    pub(crate) name: LabName,
+    /// Number of nodes
+    #[arg(long, default_value_t = 3)]
+    pub(crate) nodes: u16,
+    /// Number of zones that the nodes are dealt out to [default: 2, or 1 with a single node]
+    #[arg(long)]
+    pub(crate) zones: Option<u16>,
+    /// How packets travel between nodes
+    #[arg(long, value_enum, default_value = "vxlan")]
+    pub(crate) mode: Mode,
+    /// Address families of pods and services
+    #[arg(long, value_enum, default_value = "ipv4")]
+    pub(crate) family: Family,
+    /// Address family between the nodes [default: that of the pods; ipv4 for dual]
+    #[arg(long, value_enum)]
+    pub(crate) underlay_family: Option<UnderlayFamily>,
+    /// MTU between the nodes in bytes
+    #[arg(long, default_value_t = 1500)]
+    pub(crate) underlay_mtu: u32,
+    /// MTU of pods to force on the agents instead of the one that fits
+    #[arg(long)]
+    pub(crate) pod_mtu: Option<u32>,
+    /// UDP port of VXLAN
+    #[arg(long, default_value_t = 8472)]
+    pub(crate) vxlan_port: u16,
+    /// VXLAN network identifier
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vxlan_vni: u32,
+    /// Return once the objects are loaded, without waiting for pods
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+    /// Longest wait for pods, such as 90, 90s or 3m
+    #[arg(long, default_value = "2m", value_parser = duration, conflicts_with = "no_wait")]
+    pub(crate) timeout: Duration,
+}
+
+impl Up {
+    pub(crate) fn spec(&self) -> LabSpec {
+        LabSpec {
+            name: self.name.clone(),
+            nodes: self.nodes,
+            zones: self.zones.unwrap_or_else(|| self.nodes.clamp(1, 2)),
+            mode: match self.mode {
+                Mode::Vxlan => spec::Mode::Vxlan,
+                Mode::Direct => spec::Mode::Direct,
+            },
+            family: match self.family {
+                Family::Ipv4 => spec::Family::Ipv4,
+                Family::Ipv6 => spec::Family::Ipv6,
+                Family::Dual => spec::Family::Dual,
+            },
+            underlay_family: match (self.underlay_family, self.family) {
+                (Some(UnderlayFamily::Ipv6), _) | (None, Family::Ipv6) => spec::UnderlayFamily::Ipv6,
+                (Some(UnderlayFamily::Ipv4), _) | (None, _) => spec::UnderlayFamily::Ipv4,
+            },
+            underlay_mtu: self.underlay_mtu,
+            pod_mtu: self.pod_mtu,
+            vxlan_port: self.vxlan_port,
+            vxlan_vni: self.vxlan_vni,
+        }
+    }
+}
+
+/// A number of seconds, or with `s`, `m` or `h` behind it.
+fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("{text:?} is no time such as 90, 90s or 3m");
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) if text.ends_with('m') => (number, 60),
+        Some(number) if text.ends_with('h') => (number, 3600),
+        Some(number) => (number, 1),
+        None => (text, 1),
+    };
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    number.checked_mul(unit).filter(|s| *s <= 86_400).map(Duration::from_secs).ok_or_else(bad)
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The pod; without a namespace that of default
+    #[arg(value_name = "[NAMESPACE/]POD")]
+    pub(crate) pod: String,
+    /// The container whose environment the command gets [default: the first]
+    #[arg(short, long)]
+    pub(crate) container: Option<String>,
+    /// The command of this machine to run there
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Node {
+    /// Run a command in a node's network namespace
+    Exec(NodeExec),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeExec {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The node, such as node-1
+    pub(crate) node: String,
+    /// The command of this machine to run there
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Down {
+    /// Name of the lab; not needed when there is only one
+    #[arg(value_name = "LAB", conflicts_with = "all")]
+    pub(crate) name: Option<LabName>,
+    /// Remove all labs of this machine
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Internal {
+    /// Run a lab
+    Supervise {
+        /// Its name
+        lab: LabName,
+    },
+    /// Stand in for a container
+    StandIn {
+        /// File that says for whom
+        config: PathBuf,
+    },
+    /// Become a program inside a pod or node
+    PodExec(PodExec),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PodExec {
+    /// Control group to join
+    #[arg(long)]
+    pub(crate) cgroup: Option<PathBuf>,
+    /// Network namespace to enter
+    #[arg(long)]
+    pub(crate) netns: Option<PathBuf>,
+    /// Host name
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+    /// File to see as /etc/hosts
+    #[arg(long)]
+    pub(crate) hosts: Option<PathBuf>,
+    /// File to see as /etc/resolv.conf
+    #[arg(long)]
+    pub(crate) resolv_conf: Option<PathBuf>,
+    /// What the program is told to be called
+    #[arg(long)]
+    pub(crate) arg0: Option<OsString>,
+    /// The program
+    #[arg(last = true, required = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_and_defaults() {
+        for (text, seconds) in [
+            ("90", Some(90)),
+            ("90s", Some(90)),
+            ("3m", Some(180)),
+            ("1h", Some(3600)),
+            ("", None),
+            ("m", None),
+            ("-1", None),
+            ("1d", None),
+            ("999h", None),
+        ] {
+            assert_eq!(duration(text).ok(), seconds.map(Duration::from_secs), "{text}");
+        }
+        for (line, family, underlay, zones) in [
+            ("podway lab up x", spec::Family::Ipv4, spec::UnderlayFamily::Ipv4, 2),
+            ("podway lab up x --family ipv6 --nodes 1", spec::Family::Ipv6, spec::UnderlayFamily::Ipv6, 1),
+            ("podway lab up x --family dual --zones 3", spec::Family::Dual, spec::UnderlayFamily::Ipv4, 3),
+            ("podway lab up x --underlay-family ipv6", spec::Family::Ipv4, spec::UnderlayFamily::Ipv6, 2),
+        ] {
+            let Command::Lab(Lab::Up(up)) = Cli::try_parse_from(line.split(' ')).expect(line).command else {
+                panic!("{line}")
+            };
+            let spec = up.spec();
+            assert_eq!((spec.family, spec.underlay_family, spec.zones), (family, underlay, zones), "{line}");
+            assert_eq!(spec.validate(), Ok(()), "{line}");
+        }
+        for line in
+            ["podway lab up", "podway lab up x --name a-b", "podway lab exec p ls", "podway lab down a --all"]
+        {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! `podway lab …`.
+
+use anyhow::{Context as _, bail};
+use podway_lab::check;
+use podway_lab::client::Client;
+use podway_lab::down;
+use podway_lab::exec;
+use podway_lab::observe::{Observation, observe};
+use podway_lab::spec::LabName;
+use podway_lab::state::{self, StateDir};
+use podway_lab::up::{self, Made, Waited};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::args::{Down, Exec, Format, Lab, Node, NodeExec, OutputFormat, Show, Up, Which};
+use crate::output::{self, Progress, table};
+use crate::{FAILED, OK};
+
+pub(crate) fn run(command: Lab) -> anyhow::Result<u8> {
+    match command {
+        Lab::Up(args) => up(&args),
+        Lab::Status(args) => status(&args),
+        Lab::List(args) => list(&args),
+        Lab::Exec(args) => pod_exec(args),
+        Lab::Node(Node::Exec(args)) => node_exec(args),
+        Lab::Kubeconfig(args) => kubeconfig(&args),
+        Lab::Check(args) => check(&args),
+        Lab::Down(args) => down(&args),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
+}
+
+/// The lab that is meant: the one named, else the only one.
+fn pick(which: &Which) -> anyhow::Result<LabName> {
+    if let Some(name) = &which.name {
+        return Ok(name.clone());
+    }
+    only(&state::list()?)
+}
+
+fn only(labs: &[LabName]) -> anyhow::Result<LabName> {
+    match labs {
+        [one] => Ok(one.clone()),
+        [] => bail!("there is no lab on this machine; make one with: podway lab up FILE|DIR"),
+        more => {
+            let names: Vec<&str> = more.iter().map(LabName::as_str).collect();
+            bail!("there are several labs ({}); say which", names.join(", "))
+        }
+    }
+}
+
+fn up(args: &Up) -> anyhow::Result<u8> {
+    let spec = args.spec();
+    spec.validate()?;
+    let mut progress = Progress::new();
+    let loaded = up::load(&args.manifests)?;
+    for note in &loaded.notes {
+        progress.say(&format!("note: {note}"));
+    }
+    let made = up::ensure(&spec, |text| progress.say(&text))?;
+    progress.say(&match made {
+        Made::New => format!("lab {}: {} nodes are wired", spec.name, spec.nodes),
+        Made::Running => format!("lab {} runs already; its objects are updated", spec.name),
+    });
+    runtime()?.block_on(async {
+        let mut client = Client::of_lab(&spec.name)?;
+        let applied = up::fill(&mut client, &loaded).await?;
+        for note in &applied.notes {
+            progress.say(&format!("note: {note}"));
+        }
+        for problem in loaded.problems.iter().chain(&applied.problems) {
+            progress.say(&format!("left out: {problem}"));
+        }
+        progress.say(&format!("{} objects created, {} updated", applied.created, applied.replaced));
+        let whole = loaded.problems.is_empty() && applied.problems.is_empty();
+        if args.no_wait {
+            return Ok(if whole { OK } else { FAILED });
+        }
+        let waited = up::wait(&mut client, &spec, args.timeout, |seen| {
+            progress.update(&summary(seen), || waiting_for(seen))
+        })
+        .await?;
+        progress.end();
+        let (seen, settled) = match &waited {
+            Waited::Settled(seen) => (seen, true),
+            Waited::Stuck(seen) | Waited::TimedOut(seen) => (seen, false),
+        };
+        output::print(&describe(seen));
+        if !settled {
+            let why = match waited {
+                Waited::TimedOut(_) => format!("not everything is ready after {} s", args.timeout.as_secs()),
+                _ => "some pods cannot become ready".into(),
+            };
+            progress.say(&format!("\n{why}:"));
+            for line in waiting_for(seen) {
+                progress.say(&format!("  {line}"));
+            }
+        }
+        output::print(&next_steps(&spec.name));
+        Ok(if settled && whole { OK } else { FAILED })
+    })
+}
+
+fn summary(seen: &Observation) -> String {
+    let (ready, all) = seen.counts();
+    let nodes = seen.nodes.iter().filter(|n| n.ready).count();
+    let rest = if seen.unsettled.is_empty() {
+        String::new()
+    } else {
+        format!(", {} workloads incomplete", seen.unsettled.len())
+    };
+    format!("nodes {nodes}/{} ready, pods {ready}/{all} ready{rest}", seen.nodes.len())
+}
+
+fn waiting_for(seen: &Observation) -> Vec<String> {
+    let nodes = seen.nodes.iter().filter(|n| !n.ready).map(|n| format!("node {}: {}", n.name, n.message));
+    let pods = seen
+        .pods
+        .iter()
+        .filter(|p| !p.ready)
+        .map(|p| format!("pod {}/{}: {}", p.namespace, p.name, p.reason));
+    let workloads = seen.unsettled.iter().map(|u| format!("{}: {}", u.name, u.reason));
+    nodes.chain(pods).chain(workloads).collect()
+}
+
+fn describe(seen: &Observation) -> String {
+    let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
+    let mtu = |m: Option<u32>| m.map_or_else(|| "-".to_owned(), |m| m.to_string());
+    let join = |list: &[std::net::IpAddr]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let mut nodes =
+        vec![row(&["NODE", "READY", "ZONE", "ADDRESS", "PODS", "POD CIDR", "UPLINK MTU", "POD MTU"])];
+    for node in &seen.nodes {
+        let own: Vec<_> = seen.pods.iter().filter(|p| p.node == node.name).collect();
+        let mut mtus: Vec<u32> = own.iter().filter_map(|p| p.mtu).collect();
+        mtus.sort_unstable();
+        mtus.dedup();
+        let pod_mtu = mtus.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        nodes.push(vec![
+            node.name.clone(),
+            if node.ready { "yes" } else { "no" }.into(),
+            node.zone.clone(),
+            join(&node.addresses),
+            own.len().to_string(),
+            node.pod_cidrs.join(" "),
+            mtu(node.uplink_mtu),
+            if pod_mtu.is_empty() { "-".into() } else { pod_mtu },
+        ]);
+    }
+    let mut pods = vec![row(&["NAMESPACE", "POD", "READY", "STATUS", "RESTARTS", "ADDRESS", "NODE"])];
+    for pod in &seen.pods {
+        pods.push(vec![
+            pod.namespace.clone(),
+            pod.name.clone(),
+            if pod.ready { "yes" } else { "no" }.into(),
+            pod.phase.clone(),
+            pod.restarts.to_string(),
+            join(&pod.addresses),
+            if pod.node.is_empty() { "-".into() } else { pod.node.clone() },
+        ]);
+    }
+    format!("\n{}\n{}", table(&nodes), table(&pods))
+}
+
+fn next_steps(lab: &LabName) -> String {
+    let name = if lab.as_str() == "lab" { String::new() } else { format!(" --name {lab}") };
+    format!(
+        "\nGo on with:\n  \
+           podway lab check{name}                              reachability of everything by everything\n  \
+           podway lab exec{name} NAMESPACE/POD -- CMD          a command inside a pod\n  \
+           export KUBECONFIG=$(podway lab kubeconfig{name})    then kubectl get pods -A -o wide\n  \
+           podway lab down {lab}                               remove it\n"
+    )
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status<'a> {
+    name: &'a LabName,
+    settled: bool,
+    #[serde(flatten)]
+    seen: &'a Observation,
+}
+
+fn status(args: &Show) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    let seen = look(&lab)?;
+    let settled = seen.is_settled();
+    match args.format.output {
+        OutputFormat::Json => output::json(&Status { name: &lab, settled, seen: &seen })?,
+        OutputFormat::Text => {
+            output::print(&format!("lab {lab}: {}\n{}", summary(&seen), describe(&seen)));
+            for line in waiting_for(&seen) {
+                output::print(&format!("  {line}\n"));
+            }
+        }
+    }
+    Ok(if settled { OK } else { FAILED })
+}
+
+fn look(lab: &LabName) -> anyhow::Result<Observation> {
+    runtime()?.block_on(async { observe(&mut Client::of_lab(lab)?, lab).await })
+}
+
+fn list(args: &Format) -> anyhow::Result<u8> {
+    let mut rows = vec![["LAB", "STATE", "NODES", "MODE", "FAMILY"].map(str::to_owned).to_vec()];
+    let mut labs = Vec::new();
+    for name in state::list()? {
+        let dir = StateDir::of(&name);
+        let alive = dir.supervisor().ok().flatten().is_some_and(|s| s.is_alive());
+        let state = if alive { "running" } else { "dead" };
+        let spec = dir.lab().ok().flatten().map(|l| l.spec);
+        let mut row = vec![name.to_string(), state.to_owned()];
+        if let Some(spec) = &spec {
+            let family = serde_json::to_value(spec.family)?;
+            row.extend([
+                spec.nodes.to_string(),
+                spec.mode.as_str().to_owned(),
+                family.as_str().unwrap_or_default().to_owned(),
+            ]);
+        }
+        rows.push(row);
+        labs.push(json!({"name": name, "state": state, "spec": spec}));
+    }
+    match args.output {
+        OutputFormat::Json => output::json(&labs)?,
+        OutputFormat::Text => output::print(&table(&rows)),
+    }
+    Ok(OK)
+}
+
+fn pod_exec(args: Exec) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    let (namespace, pod) = args.pod.split_once('/').unwrap_or(("default", &args.pod));
+    let program = runtime()?.block_on(async {
+        let mut client = Client::of_lab(&lab)?;
+        exec::in_pod(&mut client, &lab, namespace, pod, args.container.as_deref(), args.command).await
+    })?;
+    Err(program.exec())
+}
+
+fn node_exec(args: NodeExec) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    Err(exec::in_node(&lab, &args.node, args.command)?.exec())
+}
+
+fn kubeconfig(args: &Which) -> anyhow::Result<u8> {
+    let lab = pick(args)?;
+    // Says what to do when the lab is not there or dead.
+    Client::of_lab(&lab)?;
+    output::print(&format!("{}\n", StateDir::of(&lab).kubeconfig().display()));
+    Ok(OK)
+}
+
+fn check(args: &Show) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    let report = runtime()?.block_on(async {
+        let seen = observe(&mut Client::of_lab(&lab)?, &lab).await?;
+        check::check(&lab, &seen).await
+    })?;
+    match args.format.output {
+        OutputFormat::Json => output::json(&report)?,
+        OutputFormat::Text => output::print(&check::render(&report)),
+    }
+    Ok(if report.is_ok() { OK } else { FAILED })
+}
+
+fn down(args: &Down) -> anyhow::Result<u8> {
+    let labs = match (&args.name, args.all) {
+        (Some(name), _) => vec![name.clone()],
+        (None, true) => state::list()?,
+        (None, false) => vec![only(&state::list()?)?],
+    };
+    let mut code = OK;
+    for lab in labs {
+        let removal = down::down(&lab)?;
+        if removal.removed.is_empty() && removal.left.is_empty() {
+            output::print(&format!("lab {lab}: nothing was there\n"));
+        }
+        if !removal.removed.is_empty() {
+            output::print(&format!("lab {lab}: removed {}\n", removal.removed.join(", ")));
+        }
+        for left in removal.left {
+            output::error(&format!("lab {lab}: still there: {left}"));
+            code = FAILED;
+        }
+    }
+    Ok(code)
+}

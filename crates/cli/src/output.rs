@@ -1,0 +1,102 @@
+//! What commands print. Results go to standard output, progress and errors to standard error.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// Prints a result. A reader that has gone away (`| head`) is no error.
+pub(crate) fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints a result as JSON.
+pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?));
+    Ok(())
+}
+
+/// Prints an error.
+pub(crate) fn error(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Lines of columns, each as wide as it must be.
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut out = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        out.push_str(cells.join("   ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// News about something that takes a while: one line that changes on a terminal, a line per change elsewhere.
+pub(crate) struct Progress {
+    terminal: bool,
+    last: String,
+    detailed: Instant,
+}
+
+/// Between two lists of what is being waited for.
+const DETAILS_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    pub(crate) fn new() -> Self {
+        Self { terminal: io::stderr().is_terminal(), last: String::new(), detailed: Instant::now() }
+    }
+
+    /// A line that stays.
+    pub(crate) fn say(&mut self, text: &str) {
+        self.end();
+        error(text);
+    }
+
+    /// The line that changes; `details` are shown now and then when the wait is long.
+    pub(crate) fn update(&mut self, text: &str, details: impl FnOnce() -> Vec<String>) {
+        if self.detailed.elapsed() >= DETAILS_EVERY {
+            self.detailed = Instant::now();
+            self.end();
+            for line in details() {
+                error(&format!("  {line}"));
+            }
+        }
+        if text == self.last {
+            return;
+        }
+        text.clone_into(&mut self.last);
+        if self.terminal {
+            // Back to the start of the line, and clear to its end (ECMA-48 EL).
+            let _ = write!(io::stderr().lock(), "\r{text}\x1b[K");
+        } else {
+            error(text);
+        }
+    }
+
+    /// Leaves the line that changes.
+    pub(crate) fn end(&mut self) {
+        if self.terminal && !self.last.is_empty() {
+            error("");
+        }
+        self.last.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["A", "BB", ""], ["long", "é", "x"]].map(|r| r.map(str::to_owned).to_vec());
+        assert_eq!(table(&rows), "A      BB\nlong   é    x\n");
+    }
+}

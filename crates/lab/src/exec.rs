@@ -1,0 +1,94 @@
+//! Commands of people inside pods and nodes.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use anyhow::bail;
+use podway_link::NETNS_DIR;
+use serde_json::Value;
+
+use crate::cgroup::Cgroup;
+use crate::client::Client;
+use crate::etc;
+use crate::pod_exec::PodExec;
+use crate::runner::container::environment_of;
+use crate::spec::{LabName, pod_file};
+use crate::state::StateDir;
+
+/// A command in a pod, with the environment of a container (the first one, when none is named).
+///
+/// # Errors
+/// When the lab, pod or container is not there, or the pod has no network yet.
+pub async fn in_pod(
+    client: &mut Client,
+    lab: &LabName,
+    namespace: &str,
+    pod: &str,
+    container: Option<&str>,
+    command: Vec<OsString>,
+) -> anyhow::Result<PodExec> {
+    let is_name =
+        |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    if !is_name(namespace) || !is_name(pod) {
+        bail!("{namespace}/{pod} is no pod's name; podway lab status lists them");
+    }
+    let object = client.read(&format!("/api/v1/namespaces/{namespace}/pods/{pod}")).await?;
+    let containers: Vec<&Value> = ["containers", "initContainers"]
+        .iter()
+        .flat_map(|f| object["spec"][*f].as_array().into_iter().flatten())
+        .collect();
+    let chosen = match container {
+        None => containers.first(),
+        Some(name) => containers.iter().find(|c| c["name"] == name),
+    };
+    let Some(chosen) = chosen else {
+        let names: Vec<&str> = containers.iter().filter_map(|c| c["name"].as_str()).collect();
+        bail!(
+            "pod {namespace}/{pod} has no container {}; it has: {}",
+            container.unwrap_or("at all"),
+            names.join(", ")
+        );
+    };
+    let node = object["spec"]["nodeName"].as_str().unwrap_or_default();
+    let dir = lab.pod_dir(namespace, pod);
+    if node.is_empty() || !dir.join("hosts").exists() {
+        bail!("pod {namespace}/{pod} does not run yet; podway lab status says why");
+    }
+    let netns = if object["spec"]["hostNetwork"].as_bool() == Some(true) {
+        lab.node_netns(node)
+    } else {
+        lab.pod_netns(namespace, pod)
+    };
+    Ok(PodExec {
+        cgroup: Some(Cgroup::of_lab(lab)?.child(node).child(&pod_file(namespace, pod))),
+        netns: Some(Path::new(NETNS_DIR).join(netns)),
+        hostname: Some(etc::hostname(&object, node)),
+        hosts: Some(dir.join("hosts")),
+        resolv_conf: Some(dir.join("resolv.conf")),
+        arg0: None,
+        env: environment_of(&object, chosen, node),
+        command,
+    })
+}
+
+/// A command in a node's network namespace. Files are the machine's own.
+///
+/// # Errors
+/// When the lab or the node is not there.
+pub fn in_node(lab: &LabName, node: &str, command: Vec<OsString>) -> anyhow::Result<PodExec> {
+    let Some(file) = StateDir::of(lab).lab()? else {
+        bail!("there is no lab {lab}; podway lab list shows those that are")
+    };
+    let plans = file.spec.node_plans();
+    if !plans.iter().any(|p| p.name == node) {
+        let names: Vec<&str> = plans.iter().map(|p| p.name.as_str()).collect();
+        bail!("lab {lab} has no node {node}; it has: {}", names.join(", "));
+    }
+    Ok(PodExec {
+        cgroup: Some(Cgroup::of_lab(lab)?.child(node).child("exec")),
+        netns: Some(Path::new(NETNS_DIR).join(lab.node_netns(node))),
+        hostname: Some(node.to_owned()),
+        command,
+        ..PodExec::default()
+    })
+}
