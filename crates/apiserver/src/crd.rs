@@ -8,6 +8,9 @@ use crate::error::Cause;
 use crate::json::{at, child, get_array, get_str, timestamp_text};
 use crate::kinds::{KindInfo, PrinterColumn, ScalePaths, is_built_in_group};
 
+/// Longest path of the scale subresource, in fields; a longer one means that there is no such subresource.
+const SCALE_PATH_LIMIT: usize = 32;
+
 /// Reads a definition.
 ///
 /// # Errors
@@ -115,7 +118,8 @@ fn printer_columns(version: &Value) -> Vec<PrinterColumn> {
 fn scale_paths(scale: &Value) -> Option<ScalePaths> {
     let path = |key| -> Option<Vec<String>> {
         let text = get_str(scale, &[key]).strip_prefix('.')?;
-        Some(text.split('.').map(str::to_owned).collect())
+        let path: Vec<String> = text.split('.').map(str::to_owned).collect();
+        (path.len() <= SCALE_PATH_LIMIT).then_some(path)
     };
     Some(ScalePaths {
         spec_replicas: path("specReplicasPath")?,

@@ -2,6 +2,15 @@
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};
+use std::io;
+
+use crate::error::ApiError;
+
+/// Largest object in bytes of JSON, as a real API server's storage has it.
+const OBJECT_LIMIT: usize = 1_572_864;
+/// Deepest nesting of an object. What is parsed cannot be deeper; patch after patch could make it so, until walking it
+/// exhausts a stack.
+const DEPTH_LIMIT: usize = 128;
 
 /// The string at a path of keys, "" where there is none.
 pub fn get_str<'a>(value: &'a Value, path: &[&str]) -> &'a str {
@@ -91,4 +100,47 @@ pub(crate) fn copy_field(from: &Value, to: &mut Value, key: &str) {
         Some(value) => to.insert(key.to_owned(), value.clone()),
         None => to.remove(key),
     };
+}
+
+/// Bytes of an object's JSON, without building it.
+fn encoded_len(object: &Value) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // Counting cannot fail, and neither can a Value's keys.
+    let _ = serde_json::to_writer(&mut count, object);
+    count.0
+}
+
+fn is_deeper_than(value: &Value, limit: usize) -> bool {
+    let Some(left) = limit.checked_sub(1) else { return true };
+    match value {
+        Value::Array(items) => items.iter().any(|item| is_deeper_than(item, left)),
+        Value::Object(fields) => fields.values().any(|field| is_deeper_than(field, left)),
+        _ => false,
+    }
+}
+
+/// Refuses an object that is too large or nested too deeply to be kept.
+///
+/// # Errors
+/// 413 or 400.
+pub(crate) fn check_bounds(object: &Value) -> Result<(), ApiError> {
+    if is_deeper_than(object, DEPTH_LIMIT) {
+        return Err(ApiError::bad_request(format!(
+            "the object is nested more than {DEPTH_LIMIT} levels deep"
+        )));
+    }
+    if encoded_len(object) > OBJECT_LIMIT {
+        return Err(ApiError::too_large(OBJECT_LIMIT));
+    }
+    Ok(())
 }

@@ -9,10 +9,14 @@
 use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, Cause};
+use crate::json::check_bounds;
 use crate::kinds::KindInfo;
 
 /// Nesting of a patch beyond which it is refused (serde_json stops parsing at 128).
 const DEPTH_LIMIT: usize = 128;
+
+/// Operations of one JSON patch, as a real API server limits them.
+const OPERATIONS_LIMIT: usize = 10_000;
 
 /// A change to an object, by its HTTP content type.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,10 +43,20 @@ impl Patch {
             Self::Json(operations) => {
                 let operations: json_patch::Patch = serde_json::from_value(operations.clone())
                     .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
-                json_patch::patch(&mut patched, &operations).map_err(|error| {
-                    let name = crate::json::name(object);
-                    ApiError::invalid(kind, name, vec![Cause::invalid("patch", &json!(operations), error)])
-                })?;
+                if operations.0.len() > OPERATIONS_LIMIT {
+                    return Err(ApiError::bad_request(format!(
+                        "the JSON patch has {} operations: the limit is {OPERATIONS_LIMIT}",
+                        operations.0.len()
+                    )));
+                }
+                for operation in &operations.0 {
+                    json_patch::patch(&mut patched, std::slice::from_ref(operation)).map_err(|error| {
+                        let name = crate::json::name(object);
+                        ApiError::invalid(kind, name, vec![Cause::invalid("patch", &json!(operation), error)])
+                    })?;
+                    // A few copies of copies would fill the memory, or the stack of whoever walks the object.
+                    check_bounds(&patched)?;
+                }
             }
             Self::Merge(patch) => {
                 require_object(patch)?;
@@ -405,6 +419,17 @@ mod tests {
     #[test]
     fn bad_patches_are_refused() {
         let (kind, object) = deployment();
+        let nest = json!({"op": "copy", "from": "", "path": "/spec/more"});
+        let grow = json!({"op": "copy", "from": "/metadata", "path": "/metadata/labels/more"});
+        let double = json!([{"op": "add", "path": "/list", "value": ["0123456789"]}, grow]);
+        assert_eq!(Patch::Json(json!(vec![nest; 200])).apply_to(&kind, &object).unwrap_err().code, 400);
+        assert!(Patch::Json(double).apply_to(&kind, &object).is_ok());
+        let widen: Vec<Value> = (0..40)
+            .map(|index| json!({"op": "copy", "from": "/spec", "path": format!("/spec/more{index}")}))
+            .collect();
+        assert_eq!(Patch::Json(json!(widen)).apply_to(&kind, &object).unwrap_err().code, 413);
+        let remark = json!({"op": "test", "path": "/metadata/name", "value": "web"});
+        assert_eq!(Patch::Json(json!(vec![remark; 10_001])).apply_to(&kind, &object).unwrap_err().code, 400);
         let custom = KindInfo { custom: true, ..kind.clone() };
         for (patch, kind, code) in [
             (Patch::Json(json!({"op": "add"})), &kind, 400),

@@ -593,3 +593,57 @@ fn snapshots_and_collections() {
     assert_eq!(deleted.items.len(), 2);
     assert_eq!(names(&store, "pods"), ["c"]);
 }
+
+#[test]
+fn a_watcher_beside_many_writers_sees_the_world_as_it_is() {
+    let store = store();
+    let mut watcher = store.watch(&core("configmaps"), None, WatchOptions::default()).unwrap();
+    let mut world = std::collections::BTreeMap::new();
+    let mut last = 0;
+    let mut follow = |watcher: &mut podway_apiserver::Watcher| {
+        for event in watcher.ready().unwrap().unwrap() {
+            let (object, gone) = match &event {
+                WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, false),
+                WatchEvent::Deleted(object) => (object, true),
+                WatchEvent::Bookmark { .. } => continue,
+            };
+            let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+            let version: u64 = object["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
+            assert!(version > last, "versions rise: {version} after {last}");
+            last = version;
+            let known = if gone { world.remove(&name) } else { world.insert(name, Arc::clone(object)) };
+            assert_eq!(known.is_none(), matches!(event, WatchEvent::Added(_)), "{}", text(&event));
+        }
+        world.clone()
+    };
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..4)
+            .map(|writer| {
+                let store = &store;
+                scope.spawn(move || {
+                    for round in 0..400 {
+                        let name = format!("c-{}", (round * 7 + writer) % 20);
+                        let key = key("configmaps", &name);
+                        let mut object = config_map(&name);
+                        object["data"]["k"] = json!(format!("{writer}-{round}"));
+                        if round % 3 == 0 {
+                            let _ = store.delete(&key, &DeleteOptions::now());
+                        } else {
+                            store.put(object).unwrap();
+                        }
+                    }
+                })
+            })
+            .collect();
+        while writers.iter().any(|writer| !writer.is_finished()) {
+            follow(&mut watcher);
+        }
+    });
+    while watcher.position() != Some(store.revision()) {
+        follow(&mut watcher);
+    }
+    let seen = follow(&mut watcher);
+    let list = store.list(&core("configmaps"), None, &ListOptions::default()).unwrap();
+    assert_eq!(seen.values().collect::<Vec<_>>(), list.items.iter().collect::<Vec<_>>());
+    assert!(last > 800);
+}

@@ -28,9 +28,6 @@ use crate::kinds::{self, GroupResource, KindInfo, ResourceKey};
 use crate::patch::Patch;
 use state::State;
 
-/// Largest object in bytes of JSON, as a real API server's storage has it.
-pub(crate) const OBJECT_LIMIT: usize = 1_572_864;
-
 /// Namespaces that a cluster is born with and that cannot be deleted (the last one can).
 const INITIAL_NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-node-lease"];
 

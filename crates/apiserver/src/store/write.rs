@@ -4,10 +4,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use std::io;
 use std::sync::Arc;
 
-use super::OBJECT_LIMIT;
 use super::options::{StoreConfig, Subresource, WriteOptions};
 use super::state::State;
 use crate::crd;
@@ -275,29 +273,8 @@ impl State {
         if !causes.is_empty() {
             return Err(ApiError::invalid(kind, json::name(object), causes));
         }
-        if encoded_len(object) > OBJECT_LIMIT {
-            return Err(ApiError::too_large(OBJECT_LIMIT));
-        }
-        Ok(())
+        json::check_bounds(object)
     }
-}
-
-/// Bytes of an object's JSON, without building it.
-fn encoded_len(object: &Value) -> usize {
-    struct Count(usize);
-    impl io::Write for Count {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut count = Count(0);
-    // Counting cannot fail, and neither can a Value's keys.
-    let _ = serde_json::to_writer(&mut count, object);
-    count.0
 }
 
 /// Checks the object's type against the resource's and sets it to the stored version.
