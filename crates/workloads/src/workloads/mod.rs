@@ -11,6 +11,9 @@ mod replicas;
 mod revisions;
 mod statefulset;
 
+#[cfg(test)]
+mod tests;
+
 pub(crate) use pods::owner_reference;
 
 use crate::planner::Planner;
