@@ -312,7 +312,7 @@ fn single_stack_clusters_refuse_dual_stack_services_by_name_and_run_the_rest() {
 }
 
 /// A step in a random cluster's life.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 enum Act {
     Deploy { name: u8, replicas: u8, version: u8, recreate: bool, surge: u8 },
     Stateful { name: u8, replicas: u8, version: u8, parallel: bool },

@@ -30,9 +30,9 @@ pub fn apply(kind: &str, object: &mut Value) {
         "NetworkPolicy" => network_policy(object),
         "Namespace" => namespace(object),
         "Secret" => set(object, "type", || json!("Opaque")),
-        "PersistentVolumeClaim" => {
-            with(object, "spec", |spec| set(spec, "volumeMode", || json!("Filesystem")))
-        }
+        "PersistentVolumeClaim" => with(object, "spec", |spec| {
+            set(spec, "volumeMode", || json!("Filesystem"));
+        }),
         _ => {}
     }
 }
@@ -175,7 +175,7 @@ fn cron_job(object: &mut Map<String, Value>) {
         set(spec, "suspend", || json!(false));
         set(spec, "successfulJobsHistoryLimit", || json!(3));
         set(spec, "failedJobsHistoryLimit", || json!(1));
-        with(spec, "jobTemplate", |template| with(template, "spec", |job| self::template(job)));
+        with(spec, "jobTemplate", |template| with(template, "spec", self::template));
     });
 }
 

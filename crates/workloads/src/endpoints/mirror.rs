@@ -117,7 +117,7 @@ fn mirror(planner: &mut Planner<'_, '_>, endpoints: &Object<'_>, wanted: Slices)
         let found = slices.iter().position(same_ports).or_else(|| (!slices.is_empty()).then_some(0));
         let addresses = Value::from(addresses);
         let Some(slice) = found.map(|i| slices.remove(i)) else {
-            create(planner, endpoints, family, labels.clone(), ports, addresses);
+            create(planner, endpoints, family, &labels, &ports, &addresses);
             continue;
         };
         let unchanged = same_ports(&slice)
@@ -141,9 +141,9 @@ fn create(
     planner: &mut Planner<'_, '_>,
     owner: &Object<'_>,
     family: Family,
-    labels: Value,
-    ports: Value,
-    endpoints: Value,
+    labels: &Value,
+    ports: &Value,
+    endpoints: &Value,
 ) {
     let world = planner.world;
     let base = format!("{}-", owner.name);

@@ -128,7 +128,7 @@ fn reconcile_family(
         // A slice that has lost its endpoints is used again, rather than one deleted and one created.
         match spare.next() {
             Some(object) => write(planner, service, &object, &ports, endpoints.into(), true),
-            None => create(planner, service, family, &ports, endpoints.into()),
+            None => create(planner, service, family, &ports, &endpoints.into()),
         }
     }
     if placeholder {
@@ -139,7 +139,7 @@ fn reconcile_family(
                 let changed = filled("endpoints") || filled("ports");
                 write(planner, service, &object, &Value::Null, Value::Null, changed);
             }
-            None => create(planner, service, family, &Value::Null, Value::Null),
+            None => create(planner, service, family, &Value::Null, &Value::Null),
         }
     }
     spare.for_each(|object| planner.delete(Kind::EndpointSlice, &object));
@@ -256,7 +256,7 @@ fn create(
     service: &Service<'_>,
     family: Family,
     ports: &Value,
-    endpoints: Value,
+    endpoints: &Value,
 ) {
     let (world, owner) = (planner.world, &service.object);
     let base = format!("{}-", owner.name);

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 use crate::Config;
 use crate::testing::{Cluster, config_dual};
 
-fn service(name: &str, spec: Value) -> Value {
+fn service(name: &str, spec: &Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec})
 }
 
@@ -42,7 +42,7 @@ fn families_follow_policy_and_cluster() {
         let mut cluster = Cluster::new(config);
         let mut request = request;
         request["ports"] = json!([{"port": 80}]);
-        cluster.apply(service("s", request.clone()));
+        cluster.apply(service("s", &request));
         cluster.settle();
         let spec = spec(&cluster, "s");
         assert_eq!(spec["ipFamilyPolicy"], policy, "{request}");
@@ -105,13 +105,11 @@ fn impossible_requests_are_refused_with_a_reason() {
         ),
     ] {
         let mut cluster = Cluster::new(config);
-        cluster.apply(service(
-            "first",
-            json!({"type": "NodePort", "clusterIP": "10.96.0.77", "ports": [{"port": 1, "nodePort": 31000}]}),
+        cluster.apply(service("first", &json!({"type": "NodePort", "clusterIP": "10.96.0.77", "ports": [{"port": 1, "nodePort": 31000}]}),
         ));
         cluster.settle();
         cluster.now += jiff::SignedDuration::from_secs(1);
-        cluster.apply(service("second", request.clone()));
+        cluster.apply(service("second", &request));
         cluster.settle();
         let events = cluster.events("second");
         assert!(events.len() == 1 && events[0].starts_with(message), "{request}: {events:?}");
@@ -125,7 +123,7 @@ fn reserved_addresses_wait_for_their_services() {
     let mut cluster = Cluster::new(config_dual());
     let named = |namespace: &str, name: &str| {
         let mut service =
-            service(name, json!({"ports": [{"port": 53}], "ipFamilyPolicy": "PreferDualStack"}));
+            service(name, &json!({"ports": [{"port": 53}], "ipFamilyPolicy": "PreferDualStack"}));
         service["metadata"]["namespace"] = namespace.into();
         service
     };
@@ -143,14 +141,14 @@ fn reserved_addresses_wait_for_their_services() {
 fn node_ports_come_and_go_with_the_type() {
     let mut cluster = Cluster::new(Config::default());
     let ports = json!([{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53}, {"name": "web", "port": 80}]);
-    cluster.apply(service("s", json!({"type": "NodePort", "ports": ports})));
+    cluster.apply(service("s", &json!({"type": "NodePort", "ports": ports})));
     cluster.settle();
     let node_port = |cluster: &Cluster, i: usize| spec(cluster, "s")["ports"][i].get("nodePort").cloned();
     let dns = node_port(&cluster, 0).unwrap();
     assert_eq!(node_port(&cluster, 1), Some(dns.clone()), "one number for both protocols");
     assert_ne!(node_port(&cluster, 2), Some(dns));
 
-    cluster.apply(service("s", json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})));
+    cluster.apply(service("s", &json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})));
     cluster.settle();
     let health = spec(&cluster, "s")["healthCheckNodePort"].as_u64().unwrap();
     assert!((30000..=32767).contains(&health) && Some(json!(health)) != node_port(&cluster, 2));
@@ -158,21 +156,21 @@ fn node_ports_come_and_go_with_the_type() {
     let address = spec(&cluster, "s")["clusterIP"].clone();
     cluster.apply(service(
         "s",
-        json!({"type": "ClusterIP", "externalTrafficPolicy": null, "allocateLoadBalancerNodePorts": null}),
+        &json!({"type": "ClusterIP", "externalTrafficPolicy": null, "allocateLoadBalancerNodePorts": null}),
     ));
     cluster.settle();
     assert_eq!(node_port(&cluster, 0), None);
     assert!(spec(&cluster, "s").get("healthCheckNodePort").is_none());
     assert_eq!(spec(&cluster, "s")["clusterIP"], address);
 
-    cluster.apply(service("s", json!({"type": "ExternalName", "externalName": "x.example"})));
+    cluster.apply(service("s", &json!({"type": "ExternalName", "externalName": "x.example"})));
     cluster.settle();
     for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
         assert!(spec(&cluster, "s").get(key).is_none(), "{key}");
     }
     cluster.apply(service(
         "lb",
-        json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]}),
+        &json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]}),
     ));
     cluster.settle();
     assert!(spec(&cluster, "lb")["ports"][0].get("nodePort").is_none());
@@ -183,7 +181,7 @@ fn a_full_range_is_reported_with_its_count() {
     let config = Config { service_cidrs: vec!["10.96.0.0/29".parse().unwrap()], ..Config::default() };
     let mut cluster = Cluster::new(config);
     for i in 0..6 {
-        cluster.apply(service(&format!("s{i}"), json!({"ports": [{"port": 80}]})));
+        cluster.apply(service(&format!("s{i}"), &json!({"ports": [{"port": 80}]})));
     }
     cluster.settle();
     let without: Vec<_> = cluster
@@ -202,7 +200,7 @@ fn addresses_follow_the_name_not_the_order() {
     let addresses = |order: [&str; 3]| {
         let mut cluster = Cluster::new(Config::default());
         for name in order {
-            cluster.apply(service(name, json!({"ports": [{"port": 80}]})));
+            cluster.apply(service(name, &json!({"ports": [{"port": 80}]})));
         }
         cluster.settle();
         ["a", "b", "c"].map(|name| spec(&cluster, name)["clusterIP"].clone())
