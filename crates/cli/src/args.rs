@@ -44,8 +44,8 @@ pub(crate) enum Lab {
     /// Work on a node
     #[command(subcommand)]
     Node(Node),
-    /// Print the path of the lab's kubeconfig: export KUBECONFIG=$(podway lab kubeconfig)
-    Kubeconfig(Which),
+    /// Print the lab's kubeconfig, or its path: export KUBECONFIG=$(podway lab kubeconfig --path)
+    Kubeconfig(Kubeconfig),
     /// Check that every pod and node reaches every other, by ICMP and TCP, with its own source address
     ///
     /// Exits with 1 when a path is not as it should be.
@@ -222,9 +222,21 @@ pub(crate) struct NodeExec {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Kubeconfig {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Print where the file is instead of what is in it
+    #[arg(long)]
+    pub(crate) path: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Down {
     /// Name of the lab; not needed when there is only one
-    #[arg(value_name = "LAB", conflicts_with = "all")]
+    #[arg(value_name = "LAB", conflicts_with_all = ["all", "name"])]
+    pub(crate) lab: Option<LabName>,
+    /// The same, as other commands have it
+    #[arg(long, env = "PODWAY_LAB", conflicts_with = "all")]
     pub(crate) name: Option<LabName>,
     /// Remove all labs of this machine
     #[arg(long)]
@@ -264,6 +276,9 @@ pub(crate) struct PodExec {
     /// File to see as /etc/resolv.conf
     #[arg(long)]
     pub(crate) resolv_conf: Option<PathBuf>,
+    /// See the /sys of the network namespace
+    #[arg(long)]
+    pub(crate) own_sysfs: bool,
     /// What the program is told to be called
     #[arg(long)]
     pub(crate) arg0: Option<OsString>,

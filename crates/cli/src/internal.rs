@@ -32,6 +32,7 @@ pub(crate) fn run(command: Internal) -> anyhow::Result<u8> {
             hostname: args.hostname,
             hosts: args.hosts,
             resolv_conf: args.resolv_conf,
+            own_sysfs: args.own_sysfs,
             arg0: args.arg0,
             env: Vec::new(),
             command: args.command,

@@ -12,7 +12,7 @@ use podway_lab::up::{self, Made, Waited};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::args::{Down, Exec, Format, Lab, Node, NodeExec, OutputFormat, Show, Up, Which};
+use crate::args::{Down, Exec, Format, Kubeconfig, Lab, Node, NodeExec, OutputFormat, Show, Up, Which};
 use crate::output::{self, Progress, table};
 use crate::{FAILED, OK};
 
@@ -80,7 +80,7 @@ fn up(args: &Up) -> anyhow::Result<u8> {
             return Ok(if whole { OK } else { FAILED });
         }
         let waited = up::wait(&mut client, &spec, args.timeout, |seen| {
-            progress.update(&summary(seen), || waiting_for(seen))
+            progress.update(&summary(seen), || waiting_for(seen));
         })
         .await?;
         progress.end();
@@ -166,13 +166,18 @@ fn describe(seen: &Observation) -> String {
 
 fn next_steps(lab: &LabName) -> String {
     let name = if lab.as_str() == "lab" { String::new() } else { format!(" --name {lab}") };
-    format!(
-        "\nGo on with:\n  \
-           podway lab check{name}                              reachability of everything by everything\n  \
-           podway lab exec{name} NAMESPACE/POD -- CMD          a command inside a pod\n  \
-           export KUBECONFIG=$(podway lab kubeconfig{name})    then kubectl get pods -A -o wide\n  \
-           podway lab down {lab}                               remove it\n"
-    )
+    let rows = [
+        (format!("podway lab check{name}"), "reachability of everything by everything"),
+        (format!("podway lab exec{name} NAMESPACE/POD -- COMMAND"), "a command inside a pod"),
+        (
+            format!("export KUBECONFIG=$(podway lab kubeconfig{name} --path)"),
+            "then kubectl get pods -A -o wide",
+        ),
+        (format!("podway lab down {lab}"), "remove it"),
+    ];
+    let rows: Vec<Vec<String>> =
+        rows.into_iter().map(|(a, b)| vec![format!("  {a}"), b.to_owned()]).collect();
+    format!("\nGo on with:\n{}", table(&rows))
 }
 
 #[derive(Serialize)]
@@ -246,11 +251,16 @@ fn node_exec(args: NodeExec) -> anyhow::Result<u8> {
     Err(exec::in_node(&lab, &args.node, args.command)?.exec())
 }
 
-fn kubeconfig(args: &Which) -> anyhow::Result<u8> {
-    let lab = pick(args)?;
+fn kubeconfig(args: &Kubeconfig) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
     // Says what to do when the lab is not there or dead.
     Client::of_lab(&lab)?;
-    output::print(&format!("{}\n", StateDir::of(&lab).kubeconfig().display()));
+    let path = StateDir::of(&lab).kubeconfig();
+    if args.path {
+        output::print(&format!("{}\n", path.display()));
+    } else {
+        output::print(&std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?);
+    }
     Ok(OK)
 }
 
@@ -268,7 +278,7 @@ fn check(args: &Show) -> anyhow::Result<u8> {
 }
 
 fn down(args: &Down) -> anyhow::Result<u8> {
-    let labs = match (&args.name, args.all) {
+    let labs = match (args.lab.as_ref().or(args.name.as_ref()), args.all) {
         (Some(name), _) => vec![name.clone()],
         (None, true) => state::list()?,
         (None, false) => vec![only(&state::list()?)?],

@@ -49,7 +49,7 @@ impl Cgroup {
     /// # Errors
     /// With the folder and the cause.
     pub fn create(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.0).map_err(|e| named(e, &self.0))
+        fs::create_dir_all(&self.0).map_err(|e| named(&e, &self.0))
     }
 
     /// Moves the calling process, with all its threads, into the group.
@@ -58,7 +58,7 @@ impl Cgroup {
     /// With the folder and the cause.
     pub fn join(&self) -> io::Result<()> {
         let file = self.0.join("cgroup.procs");
-        fs::write(&file, "0").map_err(|e| named(e, &file))
+        fs::write(&file, "0").map_err(|e| named(&e, &file))
     }
 
     /// Whether the calling process is in the group or below it.
@@ -80,7 +80,7 @@ impl Cgroup {
         match fs::write(self.0.join("cgroup.kill"), "1") {
             Ok(()) => Ok(()),
             Err(e) if gone(&e) => Ok(()),
-            Err(e) => Err(named(e, &self.0)),
+            Err(e) => Err(named(&e, &self.0)),
         }
     }
 
@@ -92,7 +92,7 @@ impl Cgroup {
         match fs::read_to_string(self.0.join("cgroup.events")) {
             Ok(text) => Ok(text.lines().any(|l| l == "populated 1")),
             Err(e) if gone(&e) => Ok(false),
-            Err(e) => Err(named(e, &self.0)),
+            Err(e) => Err(named(&e, &self.0)),
         }
     }
 
@@ -125,7 +125,7 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if gone(&e) => return Ok(()),
-        Err(e) => return Err(named(e, dir)),
+        Err(e) => return Err(named(&e, dir)),
     };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|t| t.is_dir()) {
@@ -137,9 +137,9 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     loop {
         match fs::remove_dir(dir) {
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => {
-                std::thread::sleep(POLL)
+                std::thread::sleep(POLL);
             }
-            Err(e) if !gone(&e) => return Err(named(e, dir)),
+            Err(e) if !gone(&e) => return Err(named(&e, dir)),
             _ => return Ok(()),
         }
     }
@@ -150,7 +150,7 @@ fn gone(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(nix::errno::Errno::ENODEV as i32)
 }
 
-fn named(e: io::Error, path: &Path) -> io::Error {
+fn named(e: &io::Error, path: &Path) -> io::Error {
     io::Error::new(e.kind(), format!("{}: {e}", path.display()))
 }
 

@@ -278,6 +278,7 @@ mod tests {
         vec!["10.96.0.10".parse().expect("address")]
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "tables read better")]
     fn pod(spec: Value) -> Value {
         json!({"metadata": {"name": "web-0", "namespace": "shop"}, "spec": spec})
     }

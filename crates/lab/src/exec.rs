@@ -65,6 +65,7 @@ pub async fn in_pod(
         hostname: Some(etc::hostname(&object, node)),
         hosts: Some(dir.join("hosts")),
         resolv_conf: Some(dir.join("resolv.conf")),
+        own_sysfs: true,
         arg0: None,
         env: environment_of(&object, chosen, node),
         command,
@@ -88,6 +89,11 @@ pub fn in_node(lab: &LabName, node: &str, command: Vec<OsString>) -> anyhow::Res
         cgroup: Some(Cgroup::of_lab(lab)?.child(node).child("exec")),
         netns: Some(Path::new(NETNS_DIR).join(lab.node_netns(node))),
         hostname: Some(node.to_owned()),
+        env: vec![
+            ("NODE_NAME".into(), node.into()),
+            // Which agent `podway cleanup` and `podway conntrack` are about.
+            ("PODWAY_INSTANCE".into(), format!("{lab}/{node}").into()),
+        ],
         command,
         ..PodExec::default()
     })

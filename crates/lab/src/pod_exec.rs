@@ -2,7 +2,7 @@
 //!
 //! Runs in a process of its own with one thread: it joins the control group and the network namespace, takes
 //! private mount and UTS namespaces in which the pod's `/etc/hosts`, `/etc/resolv.conf` and host name are in
-//! place, and executes the program. `/sys` stays as it is, so that BPF and cgroup file systems remain visible.
+//! place, and executes the program.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -30,6 +30,9 @@ pub struct PodExec {
     pub hosts: Option<PathBuf>,
     /// File to see as `/etc/resolv.conf`.
     pub resolv_conf: Option<PathBuf>,
+    /// See the `/sys` of the network namespace, where `/sys/class/net` has its links. It hides the machine's BPF and
+    /// cgroup file systems, so pods have it and nodes do not.
+    pub own_sysfs: bool,
     /// Environment variables to set, besides those of the caller.
     pub env: Vec<(String, OsString)>,
     /// What the program is told to be called; its path when absent.
@@ -64,7 +67,7 @@ impl PodExec {
             setns(&file, CloneFlags::CLONE_NEWNET)
                 .with_context(|| format!("enter network namespace {}", path.display()))?;
         }
-        if self.hostname.is_some() || self.hosts.is_some() || self.resolv_conf.is_some() {
+        if self.own_sysfs || self.hostname.is_some() || self.hosts.is_some() || self.resolv_conf.is_some() {
             unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS)
                 .context("unshare mount and UTS namespaces")?;
             // Slave, not private: a network namespace that is deleted later must not live on in here.
@@ -78,6 +81,11 @@ impl PodExec {
             if let Some(source) = source {
                 cover(source, Path::new(target))?;
             }
+        }
+        if self.own_sysfs {
+            // sysfs shows the namespace of whoever mounts it.
+            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(Some("sysfs"), "/sys", Some("sysfs"), flags, None::<&str>).context("mount /sys")?;
         }
         let mut command = Command::new(program);
         command.args(arguments).envs(self.env);

@@ -1,5 +1,6 @@
 //! The wire of a lab in real namespaces: made, used, removed without a trace.
 
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
@@ -37,7 +38,7 @@ fn spec(name: &str) -> LabSpec {
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("skipped: needs root");
+        let _ = writeln!(std::io::stderr(), "skipped: needs root");
     }
     root
 }

@@ -15,9 +15,9 @@ const LISTED: usize = 100;
 pub fn render(report: &Report) -> String {
     let mut out = String::new();
     if report.endpoints.len() <= SINGLE {
-        single(report, &mut out)
+        single(report, &mut out);
     } else {
-        by_node(report, &mut out)
+        by_node(report, &mut out);
     }
     let failures: Vec<&Cell> = report.cells.iter().filter(|c| !c.is_ok()).collect();
     if !failures.is_empty() {

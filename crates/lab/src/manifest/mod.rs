@@ -321,7 +321,7 @@ fn guess_name(text: &str) -> Option<String> {
 
 fn accept(value: Value, origin: &Origin, depth: usize, out: &mut Loaded) {
     let mut problem = |object: Option<String>, cause: String| {
-        out.problems.push(Problem { origin: origin.clone(), object, cause })
+        out.problems.push(Problem { origin: origin.clone(), object, cause });
     };
     let Value::Object(map) = &value else {
         out.notes.push(format!("{origin}: skipped, not a Kubernetes object"));

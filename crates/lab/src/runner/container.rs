@@ -106,13 +106,13 @@ impl ContainerSpec {
                     broken = Some(format!(
                         "ports[{index}].containerPort: {} is not 1 to 65535",
                         entry["containerPort"]
-                    ))
+                    ));
                 }
                 (_, None) => {
                     broken = Some(format!(
                         "ports[{index}].protocol: {} is not TCP, UDP or SCTP",
                         entry["protocol"]
-                    ))
+                    ));
                 }
             }
         }
@@ -371,7 +371,7 @@ fn spawn(spec: &ContainerSpec, place: &Place) -> anyhow::Result<Child> {
     let mut command = enter(Some(&place.cgroup), Some(&place.netns));
     command.arg("--hostname").arg(&place.hostname);
     command.arg("--hosts").arg(place.dir.join("hosts"));
-    command.arg("--resolv-conf").arg(place.dir.join("resolv.conf"));
+    command.arg("--own-sysfs").arg("--resolv-conf").arg(place.dir.join("resolv.conf"));
     command.stdin(Stdio::null()).stderr(log.try_clone()?).current_dir("/").process_group(0);
     match &spec.command {
         Some(shell) => {

@@ -112,7 +112,7 @@ pub(super) fn write(pod: &mut Value, view: &View, now: Timestamp) {
     let unready: Vec<&str> = view
         .containers
         .iter()
-        .filter(|c| c.runs() && !(c.is_ready() && !view.stopped))
+        .filter(|c| c.runs() && (view.stopped || !c.is_ready()))
         .map(|c| c.name.as_str())
         .collect();
     let (containers_ready, reason, message) = match (phase, unready.is_empty() && view.main().count() > 0) {
