@@ -603,3 +603,35 @@ subsets: [{addresses: [{ip: 192.0.2.1}], ports: [{port: 80}]}]
     );
     cluster
 }
+
+/// A cluster at rest with `deployments` Deployments of ten pods, each behind a Service.
+fn large_cluster(deployments: usize) -> Cluster {
+    let mut cluster = Cluster::with_nodes(Config::default(), 10);
+    for i in 0..deployments {
+        let name = format!("app-{i}");
+        cluster.apply(json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name},
+            "spec": {"replicas": 10, "selector": {"matchLabels": {"app": name}}, "template": template(&name, 0)}}));
+        cluster.apply(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+            "spec": {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": "http"}]}}));
+    }
+    cluster.run();
+    cluster
+}
+
+#[test]
+fn work_grows_with_the_cluster_not_with_its_square() {
+    let fastest = |cluster: &Cluster| {
+        let once = |_| {
+            let start = std::time::Instant::now();
+            let plan = reconcile(&World::new(cluster.now, cluster.objects.values()), &cluster.config);
+            assert!(plan.ops.is_empty());
+            start.elapsed()
+        };
+        (0..7).map(once).min().unwrap()
+    };
+    let (small, large) = (large_cluster(25), large_cluster(200));
+    let (few, many) = (fastest(&small), fastest(&large));
+    println!("{} objects: {few:?}; {} objects: {many:?}", small.objects.len(), large.objects.len());
+    // Eight times the objects; a square would be 64 times the work.
+    assert!(many < few * 24, "{few:?} for an eighth, {many:?} for all");
+}
