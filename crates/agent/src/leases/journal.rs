@@ -65,10 +65,12 @@ pub enum Record {
         /// When.
         at: u64,
     },
-    /// Earlier lines were lost, which was noticed at this time.
+    /// Earlier lines were lost.
     Distrust {
-        /// When.
+        /// When that was noticed last.
         at: u64,
+        /// How often.
+        losses: u32,
     },
     /// A free address and when it was freed.
     Rest {

@@ -75,14 +75,14 @@ impl Leases {
     /// No address of a family is free; the error has the counts of each podCIDR.
     pub fn allocate(&mut self, id: &AttachmentId, owner: &Owner, now: u64) -> Result<Lease, Exhausted> {
         let lease = self.pool.allocate(id, owner, now)?;
-        self.write(Record::from(&lease));
+        self.write(&Record::from(&lease));
         Ok(lease)
     }
 
     /// Ends a lease; its addresses start to rest. Returns it, or `None` when there was none.
     pub fn release(&mut self, id: &AttachmentId, now: u64) -> Option<Lease> {
         let lease = self.pool.release(id, now)?;
-        self.write(Record::Free { id: id.clone(), addresses: lease.addresses.clone(), at: now });
+        self.write(&Record::Free { id: id.clone(), addresses: lease.addresses.clone(), at: now });
         Some(lease)
     }
 
@@ -93,7 +93,7 @@ impl Leases {
     pub fn adopt(&mut self, lease: &Lease) -> Result<bool, pool::Conflict> {
         let new = self.pool.adopt(lease)?;
         if new {
-            self.write(Record::from(lease));
+            self.write(&Record::from(lease));
         }
         Ok(new)
     }
@@ -105,8 +105,8 @@ impl Leases {
         }
     }
 
-    fn write(&mut self, record: Record) {
-        self.journal.append(&record);
+    fn write(&mut self, record: &Record) {
+        self.journal.append(record);
         if self.journal.wants_compaction() || self.journal.may_retry() {
             self.journal.compact(self.pool.records());
         }

@@ -125,8 +125,9 @@ pub struct Pool {
     /// known one only. Addresses are given out in order, so the ones that were freed a moment ago and of which
     /// nothing is known any more are behind it or right after it.
     distrust_until: u64,
-    /// Whether there was a history, of which something is lost.
-    damaged: bool,
+    /// How often something of the history was lost. Each time another part of the range is used, so that what
+    /// was given out after the last loss and is lost now does not come again at once.
+    losses: u32,
 }
 
 impl Pool {
@@ -148,7 +149,7 @@ impl Pool {
             let mut range = Range::new(cidr);
             let used = self.holders.keys().chain(self.freed_at.keys());
             range.next = used.filter_map(|a| range.offset(*a)).max().map_or(0, |highest| highest + 1);
-            range.trusted_from = range.margin(self.damaged);
+            range.trusted_from = range.margin(self.losses);
             ranges.push(range);
         }
         self.ranges = ranges;
@@ -244,7 +245,7 @@ impl Pool {
             for range in &mut self.ranges {
                 if let Some(offset) = range.offset(*address) {
                     range.next = range.next.max(offset + 1);
-                    range.trusted_from = range.trusted_from.max(range.margin(self.damaged));
+                    range.trusted_from = range.trusted_from.max(range.margin(self.losses));
                 }
             }
         }
@@ -275,9 +276,9 @@ impl Pool {
                     }
                 }
             }
-            Record::Distrust { at } => {
+            Record::Distrust { at, losses } => {
                 self.distrust_until = at.min(now) + REST_MS;
-                self.damaged = true;
+                self.losses = losses;
             }
             Record::Rest { address, at } => {
                 if !self.holders.contains_key(&address) {
@@ -292,7 +293,9 @@ impl Pool {
     /// and with nothing attached, this is a new node with nothing to distrust.
     pub fn distrust(&mut self, damaged: bool, now: u64) {
         self.distrust_until = now + REST_MS;
-        self.damaged = damaged;
+        if damaged {
+            self.losses = self.losses.saturating_add(1);
+        }
         for (_, sequence, address) in std::mem::take(&mut self.freed) {
             self.freed.insert((now, sequence, address));
             self.freed_at.insert(address, (now, sequence));
@@ -400,7 +403,8 @@ impl Pool {
     pub fn records(&self) -> impl Iterator<Item = Record> {
         let resting = self.freed.iter().map(|(at, _, address)| Record::Rest { address: *address, at: *at });
         // Only a restart within the rest needs to know; later it does no harm.
-        let distrust = self.damaged.then(|| Record::Distrust { at: self.distrust_until - REST_MS });
+        let at = self.distrust_until.saturating_sub(REST_MS);
+        let distrust = (self.losses > 0).then_some(Record::Distrust { at, losses: self.losses });
         distrust.into_iter().chain(resting).chain(self.leases.values().map(Record::from))
     }
 }
@@ -424,9 +428,14 @@ impl Range {
         Self { cidr, first: network + u128::from(skip_first), usable, next: 0, trusted_from: 0 }
     }
 
-    /// A quarter of the range past the highest known address; the start of a range that was never used.
-    fn margin(&self, damaged: bool) -> u64 {
-        if self.next == 0 && !damaged { 0 } else { self.next + self.usable / 4 }
+    /// One, two or three quarters of the range past the highest known address; the start of a range that was
+    /// never used.
+    fn margin(&self, losses: u32) -> u64 {
+        if self.next == 0 && losses == 0 {
+            return 0;
+        }
+        let quarters = u64::from(losses.saturating_sub(1) % 3 + 1);
+        self.next + self.usable / 4 * quarters
     }
 
     fn address(&self, offset: u64) -> IpAddr {

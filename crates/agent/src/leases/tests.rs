@@ -301,7 +301,8 @@ proptest! {
 
     /// Whatever happens to agent and file: no two attachments ever share an address, an attachment that the
     /// kernel knows keeps its addresses, and an address rests before it is used again. (Of the last, a second
-    /// damage within a minute, or a file without a readable line, makes a promise of best effort.)
+    /// damage within a minute, a long time without writing, or a file without a readable line, makes a promise
+    /// of best effort.)
     #[test]
     fn histories(steps in prop::collection::vec(step(), 1..60)) {
         let cidrs = ["10.0.0.0/26", "fd00::/122"];
@@ -312,6 +313,8 @@ proptest! {
         let mut held: BTreeMap<AttachmentId, Lease> = BTreeMap::new();
         let mut freed: BTreeMap<IpAddr, u64> = BTreeMap::new();
         let mut damaged_at: Option<u64> = None;
+        // Since when, and of how many new leases, nothing could be written.
+        let mut behind: Option<(u64, usize)> = None;
         for step in steps {
             let mut restart = None;
             match step {
@@ -326,6 +329,9 @@ proptest! {
                                     prop_assert!(now >= at + REST_MS, "{} rests since {}, now {}", address, at, now);
                                 }
                             }
+                        }
+                        if let Some((_, lost)) = &mut behind {
+                            *lost += 1;
                         }
                         held.insert(lease.id.clone(), lease);
                     }
@@ -342,12 +348,19 @@ proptest! {
                 Step::Tear(bytes) => restart = Some(Some(Step::Tear(bytes))),
                 Step::Lose => restart = Some(Some(Step::Lose)),
                 Step::Flip(at, bits) => restart = Some(Some(Step::Flip(at, bits))),
-                Step::DiskFull => leases.journal.break_for_test(),
-                Step::DiskFree => leases.retry_journal(),
+                Step::DiskFull => {
+                    leases.journal.break_for_test();
+                    behind.get_or_insert((now, 0));
+                }
+                Step::DiskFree => {
+                    leases.retry_journal();
+                    behind = None;
+                }
             }
             if let Some(damage) = restart {
                 if damage.is_some() || leases.journal_is_behind() {
-                    if damaged_at.is_some_and(|at| now < at + 2 * REST_MS) {
+                    let (since, lost) = behind.unwrap_or((now, 0));
+                    if damaged_at.is_some_and(|at| since < at + 2 * REST_MS) || lost > 10 {
                         freed.clear();
                     }
                     damaged_at = Some(now);
@@ -371,6 +384,7 @@ proptest! {
                 if matches!(damage, Some(journal::Damage::Missing | journal::Damage::Unreadable(_))) {
                     freed.clear();
                 }
+                behind = None;
                 leases = Leases::open(&path, "boot-1", now);
                 let unattached: Vec<AttachmentId> =
                     leases.iter().map(|l| l.id.clone()).filter(|i| !held.contains_key(i)).collect();

@@ -1,0 +1,294 @@
+//! What an attachment is made of in the kernel, links only.
+//!
+//! ```text
+//!   pod namespace                              node
+//!   eth0  10.244.1.7/32  ───── veth ─────  pw5f3a…   route 10.244.1.7/32, permanent neighbour
+//!         default via 169.254.1.1                    169.254.1.1 is on lo
+//!         default via fe80::1                        fe80::1/64
+//! ```
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use podway_bpf_host::Datapath;
+use podway_cni::{AddResult, Interface, IpConfig, Route as CniRoute};
+use podway_link::{AddressFlags, Link, Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter, VethSpec, sysctl};
+
+use super::AttachError;
+use crate::config::{GATEWAY_V4, GATEWAY_V6};
+use crate::ids::AttachmentId;
+use crate::network::pod_link;
+
+/// RT_SCOPE_LINK (rtnetlink(7)).
+const SCOPE_LINK: u8 = 253;
+
+/// The host side of an attachment, marked as gone or not.
+pub(super) fn find_link(netlink: &mut Netlink, id: &AttachmentId) -> Result<Option<Link>, AttachError> {
+    let Some(link) = netlink.link_by_name(&id.host_link())? else { return Ok(None) };
+    Ok(pod_link(&link).is_some_and(|(found, _)| found == *id).then_some(link))
+}
+
+/// Marks a link as detached: from now on, whoever finds it may delete it.
+pub(super) fn mark_gone(netlink: &mut Netlink, ifindex: u32, id: &AttachmentId) -> Result<(), AttachError> {
+    match netlink.set_alias(ifindex, &id.gone_alias()) {
+        Err(e) if !e.is_not_found() => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Creates the pair, down, the pod's side in its namespace. A leftover of the same name is replaced.
+pub(super) fn create_link(
+    netlink: &mut Netlink,
+    datapath: &Datapath,
+    id: &AttachmentId,
+    mtu: u32,
+    netns: &Netns,
+) -> Result<Link, AttachError> {
+    let spec = VethSpec {
+        name: id.host_link(),
+        mtu,
+        mac: Some(id.host_mac()),
+        alias: Some(id.alias()),
+        up: false,
+        addr_gen_none: true,
+        peer_name: id.ifname.clone(),
+        peer_mac: Some(id.pod_mac()),
+        peer_mtu: mtu,
+        peer_ns: Some(netns),
+    };
+    let error = match netlink.create_veth(&spec) {
+        Ok(link) => return Ok(link),
+        Err(e) if e.is_exists() => e,
+        Err(e) => return Err(e.into()),
+    };
+    let Some(other) = netlink.link_by_name(&spec.name)? else {
+        // Not our name, so it is the pod's.
+        return Err(AttachError::InTheWay(format!(
+            "the pod's namespace has an interface {} already: {error}",
+            id.ifname
+        )));
+    };
+    // Only a leftover of an attachment of ours may go; of which one does not matter, since the caller has the
+    // turn of this name.
+    if pod_link(&other).is_none() {
+        return Err(AttachError::InTheWay(format!("link {} exists and is not Podway's: {error}", spec.name)));
+    }
+    datapath.remove_endpoint(other.index)?;
+    datapath.detach_pod(other.index)?;
+    netlink.delete_link(other.index)?;
+    Ok(netlink.create_veth(&spec)?)
+}
+
+/// Configures the host's side and sets it up.
+pub(super) fn host_side(
+    netlink: &mut Netlink,
+    ifindex: u32,
+    id: &AttachmentId,
+    addresses: &[IpAddr],
+) -> Result<(), AttachError> {
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        let gateway = IpNet::new(IpAddr::V6(GATEWAY_V6), 64).expect("64 is a prefix length of IPv6");
+        let flags = AddressFlags { nodad: true, ..AddressFlags::default() };
+        match netlink.add_address(ifindex, gateway, flags) {
+            Ok(_) => {}
+            Err(e) if e.is_permission() => {
+                enable_ipv6(&id.host_link())?;
+                netlink.add_address(ifindex, gateway, flags)?;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    netlink.set_up(ifindex)?;
+    for address in addresses {
+        netlink.replace_neighbour(ifindex, *address, id.pod_mac())?;
+        netlink.replace_route(&Route {
+            dst: IpNet::from(*address),
+            via: None,
+            dev: ifindex,
+            src: None,
+            mtu: None,
+            scope_link: address.is_ipv4(),
+            onlink: false,
+            protocol: ROUTE_PROTOCOL,
+        })?;
+    }
+    Ok(())
+}
+
+/// Configures the pod's side and sets it up.
+pub(super) fn pod_side(
+    id: &AttachmentId,
+    host: &Link,
+    addresses: &[IpAddr],
+    netns: &Netns,
+) -> Result<(), AttachError> {
+    let mut netlink = Netlink::open_in(netns)?;
+    let index = match host.peer_index {
+        Some(index) => index,
+        None => pod_link_index(&mut netlink, id)?,
+    };
+    for address in addresses {
+        let flags = AddressFlags { nodad: true, ..AddressFlags::default() };
+        match netlink.add_address(index, IpNet::from(*address), flags) {
+            Ok(_) => {}
+            // Some runtimes create namespaces with IPv6 switched off.
+            Err(e) if e.is_permission() && address.is_ipv6() => {
+                netns.run(|| enable_ipv6(&id.ifname))??;
+                netlink.add_address(index, IpNet::from(*address), flags)?;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    netlink.set_up(index)?;
+    for address in addresses {
+        let gateway = gateway(*address);
+        netlink.replace_neighbour(index, gateway, id.host_mac())?;
+        for route in pod_routes(index, *address) {
+            netlink.replace_route(&route)?;
+        }
+    }
+    Ok(())
+}
+
+fn pod_link_index(netlink: &mut Netlink, id: &AttachmentId) -> Result<u32, AttachError> {
+    netlink.link_by_name(&id.ifname)?.map(|l| l.index).ok_or_else(|| {
+        AttachError::InTheWay(format!("interface {} has vanished from the pod's namespace", id.ifname))
+    })
+}
+
+fn enable_ipv6(interface: &str) -> Result<(), podway_link::Error> {
+    sysctl::write(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "0")
+}
+
+fn gateway(address: IpAddr) -> IpAddr {
+    if address.is_ipv4() { GATEWAY_V4.into() } else { GATEWAY_V6.into() }
+}
+
+/// The pod's routes of one family: the gateway (IPv4 only, fe80::/64 is on every link), then everything.
+fn pod_routes(index: u32, address: IpAddr) -> Vec<Route> {
+    let route = |dst: IpNet, via: Option<IpAddr>| Route {
+        dst,
+        via,
+        dev: index,
+        src: None,
+        mtu: None,
+        scope_link: via.is_none(),
+        onlink: via.is_some(),
+        // RTPROT_BOOT: what interface configuration in a container usually has.
+        protocol: 3,
+    };
+    let gateway = gateway(address);
+    let mut routes = Vec::with_capacity(2);
+    if address.is_ipv4() {
+        routes.push(route(IpNet::from(gateway), None));
+    }
+    routes.push(route(default_of(address), Some(gateway)));
+    routes
+}
+
+fn default_of(address: IpAddr) -> IpNet {
+    let unspecified: IpAddr = if address.is_ipv4() {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv6Addr::UNSPECIFIED.into()
+    };
+    IpNet::new(unspecified, 0).expect("0 is a prefix length of both families")
+}
+
+/// Says what is different from what ADD made, if anything.
+pub(super) fn verify(
+    netlink: &mut Netlink,
+    id: &AttachmentId,
+    ifindex: u32,
+    addresses: &[IpAddr],
+    netns: &Netns,
+) -> Result<Option<String>, AttachError> {
+    let host = netlink.link_by_index(ifindex)?.filter(|l| pod_link(l).is_some_and(|(found, _)| found == *id));
+    let Some(host) = host else { return Ok(Some(format!("link {} is gone", id.host_link()))) };
+    if !host.up {
+        return Ok(Some(format!("link {} is down", host.name)));
+    }
+    let routes = netlink.routes(RouteFilter { dev: Some(ifindex), ..RouteFilter::default() })?;
+    if let Some(missing) = addresses.iter().find(|a| !routes.iter().any(|r| r.dst == IpNet::from(**a))) {
+        return Ok(Some(format!("the node has no route to {missing} through {}", host.name)));
+    }
+    let mut inside = Netlink::open_in(netns)?;
+    let Some(pod) = inside.link_by_name(&id.ifname)? else {
+        return Ok(Some(format!("interface {} is gone from the pod's namespace", id.ifname)));
+    };
+    if Some(pod.index) != host.peer_index {
+        return Ok(Some(format!("interface {} is not the other side of {}", id.ifname, host.name)));
+    }
+    if !pod.up {
+        return Ok(Some(format!("interface {} is down", id.ifname)));
+    }
+    let present = inside.addresses_of(pod.index)?;
+    if let Some(missing) = addresses.iter().find(|a| !present.iter().any(|p| p.addr == **a)) {
+        return Ok(Some(format!("interface {} has lost address {missing}", id.ifname)));
+    }
+    let routes = inside.routes(RouteFilter { dev: Some(pod.index), ..RouteFilter::default() })?;
+    for address in addresses {
+        let want = default_of(*address);
+        if !routes.iter().any(|r| r.dst == want && r.via == Some(gateway(*address))) {
+            return Ok(Some(format!("the pod has no default route via {}", gateway(*address))));
+        }
+    }
+    Ok(None)
+}
+
+/// The result of an ADD.
+#[must_use]
+pub fn result(id: &AttachmentId, addresses: &[IpAddr], mtu: u32, netns_path: &str) -> AddResult {
+    let interface = |name: String, mac: [u8; 6], sandbox: Option<String>| Interface {
+        name,
+        mac: mac_text(mac),
+        mtu: Some(mtu),
+        sandbox,
+    };
+    let mut result = AddResult {
+        interfaces: vec![
+            interface(id.host_link(), id.host_mac(), None),
+            interface(id.ifname.clone(), id.pod_mac(), Some(netns_path.to_owned())),
+        ],
+        ..AddResult::default()
+    };
+    for address in addresses {
+        let gateway = gateway(*address);
+        result.ips.push(IpConfig {
+            address: IpNet::from(*address),
+            gateway: Some(gateway),
+            interface: Some(1),
+        });
+        if address.is_ipv4() {
+            let dst = IpNet::from(gateway);
+            result.routes.push(CniRoute { dst, gw: None, mtu: None, scope: Some(SCOPE_LINK) });
+        }
+        let dst = default_of(*address);
+        result.routes.push(CniRoute { dst, gw: Some(gateway), mtu: None, scope: None });
+    }
+    result
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_result_has_both_sides_and_all_routes() {
+        let id = AttachmentId::new("c1", "eth0");
+        let addresses = ["10.244.1.7".parse().unwrap(), "fd00::7".parse().unwrap()];
+        let result = result(&id, &addresses, 1450, "/run/netns/x");
+        assert_eq!(result.interfaces[1].sandbox.as_deref(), Some("/run/netns/x"));
+        assert_eq!(result.interfaces[0].mtu, Some(1450));
+        assert_eq!(result.interfaces[0].mac.len(), 17);
+        let ips: Vec<String> =
+            result.ips.iter().map(|i| format!("{} via {}", i.address, i.gateway.unwrap())).collect();
+        assert_eq!(ips, ["10.244.1.7/32 via 169.254.1.1", "fd00::7/128 via fe80::1"]);
+        let routes: Vec<String> = result.routes.iter().map(|r| r.dst.to_string()).collect();
+        assert_eq!(routes, ["169.254.1.1/32", "0.0.0.0/0", "::/0"]);
+    }
+}

@@ -1,0 +1,584 @@
+//! The control loop: Nodes and kernel changes in, tables, routes, MTU and rules out.
+//!
+//! One plain thread, level-triggered: whatever woke it, it brings everything to what should be there. Start order
+//! is its most important property:
+//! 1. What an earlier agent put into the kernel stays, and goes on working.
+//! 2. With a remembered Node, everything that concerns this node alone is put in order, and pods can be
+//!    attached; the API server may be away.
+//! 3. Peers, routes and masquerading are touched only when all Nodes are known, in one step each that writes
+//!    the difference. A list that comes again replaces the set without anything disappearing in between.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use podway_bpf_host::{Datapath, Mode, NodeConfig};
+use podway_kube::watch::Change;
+use podway_link::snmp;
+use podway_model::{Node, NodeChange, Nodes, Rejection};
+use serde_json::Value;
+use tracing::{debug, info, warn};
+
+use crate::attach::{Attacher, Readiness, lock};
+use crate::config::{AgentConfig, NetworkMode};
+use crate::events::Reporter;
+use crate::masquerade::{Masquerade, Rules};
+use crate::metrics::Metrics;
+use crate::monitor::Interest;
+use crate::mtu_proof::{MtuProof, Wanted};
+use crate::network::{Local, Network};
+use crate::nodes::{self, OwnNode, View};
+use crate::remembered;
+use crate::status::Status;
+
+/// Messages that may wait for the loop.
+pub const QUEUE: usize = 256;
+/// Everything is looked at again at least this often.
+const TURN: Duration = Duration::from_secs(10);
+/// Changes that come within this time are taken together.
+const GATHER: Duration = Duration::from_millis(50);
+/// How often attachments are compared with the kernel.
+const AUDIT_PODS: Duration = Duration::from_secs(30);
+/// How often the masquerade rules are compared with the kernel.
+const AUDIT_RULES: Duration = Duration::from_secs(60);
+/// How often an MTU that hurts is reported anew.
+const REPEAT_WARNING: Duration = Duration::from_secs(60);
+
+/// What wakes the loop.
+#[derive(Debug)]
+pub enum Message {
+    /// Nodes, or the way to them, changed.
+    Nodes(Change),
+    /// Links, addresses or routes that matter changed.
+    Kernel,
+    /// The link of a pod went away.
+    PodLinkGone,
+    /// The agent ends.
+    Stop,
+}
+
+/// What the loop works on.
+pub struct Parts {
+    /// The kernel's tables and programs.
+    pub datapath: Arc<Datapath>,
+    /// Pods.
+    pub attacher: Arc<Attacher>,
+    /// What is shown.
+    pub status: Arc<Status>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Events.
+    pub reporter: Arc<Reporter>,
+    /// Paths.
+    pub proof: MtuProof,
+    /// Links whose changes matter.
+    pub interest: Arc<Mutex<Interest>>,
+}
+
+/// The loop's state.
+pub struct Control {
+    config: AgentConfig,
+    run_dir: PathBuf,
+    parts: Parts,
+    nodes: Nodes,
+    /// Node objects that could not be read, by name.
+    malformed: BTreeMap<String, Rejection>,
+    synced: bool,
+    api_problem: Option<String>,
+    own: Option<OwnNode>,
+    remembered: Option<OwnNode>,
+    network: Network,
+    masquerade: Masquerade,
+    masquerade_removed: bool,
+    local: Option<Local>,
+    programmed: Option<NodeConfig>,
+    mtu_warning: Option<MtuWarning>,
+    unreachable: BTreeMap<String, String>,
+    failed_routes: BTreeMap<ipnet::IpNet, String>,
+    audited_pods: Instant,
+    audited_rules: Instant,
+}
+
+struct MtuWarning {
+    reason: &'static str,
+    reported: Instant,
+    /// Fragments made before the warning.
+    fragments: u64,
+}
+
+impl Control {
+    /// A loop that has not turned yet. Belongs into the node's network namespace.
+    ///
+    /// # Errors
+    /// The kernel gives no netlink socket.
+    pub fn new(config: AgentConfig, parts: Parts) -> Result<Self, crate::network::NetworkError> {
+        let run_dir = config.instance.run_dir();
+        let remembered = remembered::load(&run_dir, &config.node_name);
+        let network = Network::open(config.mode, config.pod_mtu)?;
+        Ok(Self {
+            run_dir,
+            parts,
+            nodes: Nodes::new(),
+            malformed: BTreeMap::new(),
+            synced: false,
+            api_problem: None,
+            own: remembered.clone(),
+            remembered,
+            network,
+            masquerade: Masquerade::default(),
+            masquerade_removed: false,
+            local: None,
+            programmed: None,
+            mtu_warning: None,
+            unreachable: BTreeMap::new(),
+            failed_routes: BTreeMap::new(),
+            audited_pods: Instant::now(),
+            audited_rules: Instant::now(),
+            config,
+        })
+    }
+
+    /// Turns until it is told to stop, or nobody can tell it anything any more.
+    pub fn run(mut self, messages: &Receiver<Message>) {
+        self.turn();
+        loop {
+            let mut next = messages.recv_timeout(TURN);
+            let gathered = Instant::now() + GATHER;
+            loop {
+                match next {
+                    Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                        self.parts.proof.stop();
+                        return;
+                    }
+                    Ok(Message::Nodes(change)) => self.take(change),
+                    Ok(Message::Kernel) => {}
+                    Ok(Message::PodLinkGone) => self.audit_pods(),
+                    Err(RecvTimeoutError::Timeout) => break,
+                }
+                next = messages.recv_timeout(gathered.saturating_duration_since(Instant::now()));
+            }
+            self.turn();
+        }
+    }
+
+    fn take(&mut self, change: Change) {
+        match change {
+            Change::Synced(values) => {
+                let mut list = Vec::with_capacity(values.len());
+                self.malformed.clear();
+                for value in &values {
+                    match self.parse(value) {
+                        Ok(node) => list.push(node),
+                        // Its last good state is better than losing the node over a typing error.
+                        Err(name) => list.extend(self.nodes.node(&name).cloned()),
+                    }
+                }
+                let refused = self.nodes.replace(list);
+                self.refused(&refused);
+                if !self.synced {
+                    info!(nodes = values.len(), "the Nodes are known");
+                }
+                self.synced = true;
+                self.api_problem = None;
+            }
+            Change::Applied(value) => {
+                if let Ok(node) = self.parse(&value) {
+                    self.malformed.remove(&node.name);
+                    let refused = self.nodes.apply(NodeChange::Set(node));
+                    self.refused(&refused);
+                }
+            }
+            Change::Deleted(value) => {
+                if let Some(name) = value.pointer("/metadata/name").and_then(Value::as_str) {
+                    self.malformed.remove(name);
+                    self.nodes.apply(NodeChange::Removed(name.to_owned()));
+                }
+            }
+            Change::Interrupted(why) => {
+                if self.api_problem.is_none() {
+                    warn!(why, "the API server is away; what is known stays in force");
+                }
+                self.api_problem = Some(why);
+            }
+            Change::Resumed => {
+                info!("the API server answers again");
+                self.api_problem = None;
+            }
+        }
+    }
+
+    /// Reads a Node object; the error is the name of the one that is refused.
+    fn parse(&mut self, value: &Value) -> Result<Node, String> {
+        Node::parse(value).map_err(|rejection| {
+            let name = rejection.name.clone();
+            if self.malformed.get(&name) != Some(&rejection) {
+                self.refused(std::slice::from_ref(&rejection));
+                self.malformed.insert(name.clone(), rejection);
+            }
+            name
+        })
+    }
+
+    fn refused(&self, rejections: &[Rejection]) {
+        self.parts.metrics.rejected(rejections.len());
+        for rejection in rejections {
+            // The node that is concerned tells it as an event; a thousand others need not.
+            if rejection.name == self.config.node_name {
+                self.parts.reporter.warning("PodCIDROverlap", &rejection.field, &rejection.to_string());
+            } else {
+                warn!(%rejection, "refused");
+            }
+        }
+    }
+
+    /// Brings everything to what should be there.
+    fn turn(&mut self) {
+        self.parts.status.update(|s| s.turned = Instant::now());
+        let view = self.view();
+        if let Some(own) = self.own.clone() {
+            self.parts.reporter.set_uid(&own.uid);
+            self.local_part(&own);
+            self.parts.attacher.set_ranges(&own.pod_cidrs);
+        }
+        if let (Some(view), Some(local)) = (&view, self.local.clone()) {
+            self.cluster_part(view, &local);
+        }
+        self.show(view.as_ref());
+        if self.audited_pods.elapsed() >= AUDIT_PODS {
+            self.audit_pods();
+        }
+        if self.audited_rules.elapsed() >= AUDIT_RULES {
+            self.audit_rules();
+        }
+        self.parts.status.update(|s| s.turned = Instant::now());
+    }
+
+    fn view(&mut self) -> Option<View> {
+        if !self.synced {
+            return None;
+        }
+        let config = &self.config;
+        match nodes::view(&self.nodes, &config.node_name, config.mode, config.underlay_v6) {
+            Ok(view) => {
+                self.own = Some(view.own.clone());
+                self.parts.status.set("node", true, format!("{} at {}", view.own.name, view.own.underlay));
+                Some(view)
+            }
+            Err(why) => {
+                if self.parts.status.set("node", false, why.to_string()) {
+                    warn!(%why, "this node is not known; what is in force stays");
+                }
+                None
+            }
+        }
+    }
+
+    /// Everything that concerns this node alone.
+    fn local_part(&mut self, own: &OwnNode) {
+        let local = match self.network.ensure_local(own) {
+            Ok(local) => local,
+            Err(error) => {
+                if self.parts.status.set("network", false, error.to_string()) {
+                    warn!(%error, "the node's network cannot be put in order");
+                }
+                return;
+            }
+        };
+        if let Err(error) = self.program(own, &local) {
+            if self.parts.status.set("network", false, error.to_string()) {
+                warn!(%error, "the datapath cannot be configured");
+            }
+            return;
+        }
+        let mtu = local.mtu.mtu;
+        self.parts.attacher.set_mtu(mtu);
+        match self.network.follow_mtu(mtu) {
+            Ok((0, _)) => {}
+            Ok((pods, _)) => info!(mtu, pods, "the pods have a new MTU"),
+            Err(error) => warn!(%error, mtu, "cannot set the MTU of the pods"),
+        }
+        self.warn_of_mtu(&local);
+        let text = format!("pod MTU {mtu}, {} with MTU {}", local.uplink.name, local.uplink.mtu);
+        if self.parts.status.set("network", true, text) {
+            info!(
+                mtu,
+                uplink = local.uplink.name,
+                uplink_mtu = local.uplink.mtu,
+                "the node's network is in order"
+            );
+        }
+        lock(&self.parts.interest).set([Some(local.uplink.index), local.tunnel].into_iter().flatten());
+        self.local = Some(local);
+    }
+
+    fn program(&mut self, own: &OwnNode, local: &Local) -> Result<(), podway_bpf_host::Error> {
+        let mode = match (self.config.mode, local.tunnel) {
+            (NetworkMode::Vxlan { vni, .. }, Some(tunnel_ifindex)) => {
+                Mode::Overlay { tunnel_ifindex, vni, underlay_v6: own.underlay.is_ipv6() }
+            }
+            _ => Mode::Direct,
+        };
+        let wanted = NodeConfig { mode, uplink_ifindex: local.uplink.index };
+        if self.programmed.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        let datapath = &self.parts.datapath;
+        // The configuration first: a program without one passes or drops everything.
+        datapath.set_config(&wanted)?;
+        if let Some(tunnel) = local.tunnel {
+            datapath.attach_tunnel(tunnel)?;
+        }
+        datapath.attach_uplink(local.uplink.index)?;
+        if let Some(before) = &self.programmed
+            && before.uplink_ifindex != wanted.uplink_ifindex
+        {
+            info!(uplink = local.uplink.name, "the underlay has another device");
+            datapath.detach_uplink(before.uplink_ifindex)?;
+        }
+        self.programmed = Some(wanted);
+        Ok(())
+    }
+
+    fn warn_of_mtu(&mut self, local: &Local) {
+        let Some(warning) = &local.mtu.warning else {
+            if let Some(before) = self.mtu_warning.take() {
+                let message = format!("pod MTU {} fits {} again", local.mtu.mtu, local.uplink.name);
+                debug!(reason = before.reason, "over");
+                self.parts.reporter.normal("PodMTUFits", "", &message);
+            }
+            return;
+        };
+        let fragments = snmp::Counters::read().map_or(0, |c| c.fragments_created());
+        let since = match &self.mtu_warning {
+            Some(before) if before.reason == warning.reason => {
+                if before.reported.elapsed() < REPEAT_WARNING {
+                    return;
+                }
+                before.fragments
+            }
+            _ => fragments,
+        };
+        let mut message = warning.message.clone();
+        if fragments > since {
+            message.push_str(&format!("; {} IP fragments were made here since", fragments - since));
+        }
+        self.parts.reporter.warning(warning.reason, &local.uplink.name, &message);
+        self.mtu_warning =
+            Some(MtuWarning { reason: warning.reason, reported: Instant::now(), fragments: since });
+    }
+
+    /// Everything that concerns other nodes.
+    fn cluster_part(&mut self, view: &View, local: &Local) {
+        match self.parts.datapath.sync_peers(&view.peers) {
+            Ok(report) => {
+                if report.written + report.removed > 0 {
+                    info!(written = report.written, removed = report.removed, "peers");
+                }
+                self.parts.status.set("peers", true, format!("{} ranges and addresses", view.peers.len()));
+            }
+            Err(error) => {
+                if self.parts.status.set("peers", false, error.to_string()) {
+                    warn!(%error, "not all peers are in the datapath");
+                }
+            }
+        }
+        match self.network.sync_routes(view, local) {
+            Ok(report) => {
+                if report.written + report.removed > 0 {
+                    info!(written = report.written, removed = report.removed, "routes");
+                }
+                for (cidr, why) in &report.failed {
+                    if self.failed_routes.get(cidr) != Some(why) {
+                        warn!(%cidr, why, "no route to the pods of a node");
+                    }
+                }
+                let ok = report.failed.is_empty();
+                let text = match report.failed.iter().next() {
+                    None => format!("{} routes", view.routes.len()),
+                    Some((cidr, why)) => {
+                        format!("{} missing, the first is {cidr}: {why}", report.failed.len())
+                    }
+                };
+                self.parts.status.set("routes", ok, text);
+                self.failed_routes = report.failed;
+            }
+            Err(error) => {
+                if self.parts.status.set("routes", false, error.to_string()) {
+                    warn!(%error, "routes cannot be put in order");
+                }
+            }
+        }
+        for (node, why) in &view.unreachable {
+            if self.unreachable.get(node) != Some(why) {
+                warn!(node, why, "a node is left out");
+            }
+        }
+        self.unreachable = view.unreachable.clone();
+        self.masquerade_part(view);
+        self.prove(view, local);
+        if self.remembered.as_ref() != Some(&view.own) {
+            match remembered::save(&self.run_dir, &view.own) {
+                Ok(()) => self.remembered = Some(view.own.clone()),
+                Err(error) => warn!(%error, "cannot remember this node for times without API server"),
+            }
+        }
+    }
+
+    fn masquerade_part(&mut self, view: &View) {
+        let settings = &self.config.masquerade;
+        let result = if settings.enabled {
+            let not_to = view.inside.iter().chain(&settings.exclude).copied().collect();
+            let rules = Rules { from: view.own.pod_cidrs.clone(), not_to };
+            self.masquerade.apply(&rules)
+        } else if self.masquerade_removed {
+            Ok(false)
+        } else {
+            // Without nft there can be no rules of ours either.
+            match crate::masquerade::remove() {
+                Err(crate::masquerade::MasqueradeError::NoNft(_)) => Ok(false),
+                other => other,
+            }
+        };
+        match result {
+            Ok(changed) => {
+                if changed {
+                    info!(enabled = settings.enabled, "masquerade rules written");
+                }
+                self.masquerade_removed = !settings.enabled;
+                let text = if settings.enabled { "in force" } else { "switched off" };
+                self.parts.status.set("masquerade", true, text);
+            }
+            Err(error) => {
+                if self.parts.status.set("masquerade", false, error.to_string()) {
+                    warn!(%error, "pods reach nothing outside of the cluster that does not know their addresses");
+                }
+            }
+        }
+    }
+
+    fn prove(&self, view: &View, local: &Local) {
+        let small = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        self.parts.proof.set(Wanted {
+            own: Some(view.own.underlay),
+            own_name: view.own.name.clone(),
+            size: small(local.mtu.on_the_wire),
+            overhead: small(self.config.mode.overhead(view.own.underlay.is_ipv6())),
+            peers: view.paths.clone(),
+        });
+    }
+
+    /// Tells the world how things are.
+    fn show(&mut self, view: Option<&View>) {
+        let readiness = self.readiness(view);
+        if self.parts.attacher.readiness() != readiness {
+            match &readiness {
+                Readiness::Ready => info!("pods can be attached"),
+                Readiness::NotReady(why) => warn!(why, "pods cannot be attached"),
+            }
+            self.parts.attacher.set_ready(readiness);
+        }
+        let (ok, text) = match (&self.api_problem, self.synced) {
+            (None, true) => (true, "connected".to_owned()),
+            (None, false) => (false, "no answer yet".to_owned()),
+            (Some(why), true) => (false, format!("away, what was known before stays in force ({why})")),
+            (Some(why), false) => (false, format!("away since the start of the agent ({why})")),
+        };
+        let serving = !ok && !self.synced && self.own.is_some();
+        let text = if serving {
+            format!("{text}; pods are attached from what is remembered of this node")
+        } else {
+            text
+        };
+        self.parts.status.set("api", ok, text);
+        let refused: usize = self.malformed.len() + self.nodes.all_refusals().count();
+        let first = self.malformed.values().chain(self.nodes.all_refusals()).next();
+        let text = match first {
+            None => format!("{} known", self.nodes.iter().count()),
+            Some(first) => format!("{refused} refused, the first: {first}"),
+        };
+        if self.synced {
+            self.parts.status.set(
+                "nodes",
+                refused == 0 && self.unreachable.is_empty(),
+                left_out(text, &self.unreachable),
+            );
+        }
+        let local = self.local.clone();
+        self.parts.status.update(|s| {
+            s.local = local;
+            s.nodes = self.nodes.iter().count();
+            s.peers = view.map_or(s.peers, |v| v.peers.len());
+            s.rejected = refused;
+            s.api_connected = ok;
+        });
+    }
+
+    fn readiness(&self, view: Option<&View>) -> Readiness {
+        let Some(own) = &self.own else {
+            let why = match (&self.api_problem, self.synced) {
+                (Some(problem), _) => format!("the API server is away and nothing is remembered: {problem}"),
+                (None, false) => "waiting for the Nodes from the API server".to_owned(),
+                (None, true) => format!(
+                    "Node {:?} is not there, or has no usable InternalIP; see /readyz",
+                    self.config.node_name
+                ),
+            };
+            return Readiness::NotReady(why);
+        };
+        if own.pod_cidrs.is_empty() {
+            let why = match view.map(|v| v.own_refusals.as_slice()) {
+                Some([first, ..]) => format!("the podCIDR of this node is refused: {first}"),
+                _ => format!("Node {:?} has no podCIDR yet (spec.podCIDRs)", own.name),
+            };
+            return Readiness::NotReady(why);
+        }
+        if self.local.is_none() {
+            let why = self.parts.status.snapshot().conditions.get("network").map(|c| c.text.clone());
+            return Readiness::NotReady(
+                why.unwrap_or_else(|| "the node's network is not in order".to_owned()),
+            );
+        }
+        Readiness::Ready
+    }
+
+    fn audit_pods(&mut self) {
+        self.audited_pods = Instant::now();
+        match self.parts.attacher.audit() {
+            Ok(0) => {}
+            Ok(pods) => info!(pods, "pods whose link is gone left the datapath"),
+            Err(error) => warn!(%error, "cannot compare the attachments with the kernel"),
+        }
+    }
+
+    fn audit_rules(&mut self) {
+        self.audited_rules = Instant::now();
+        match self.masquerade.audit() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.parts.metrics.masquerade_repaired();
+                warn!("somebody else changed the table inet podway; it is as it was");
+            }
+            Err(error) => warn!(%error, "cannot look at the masquerade rules"),
+        }
+    }
+}
+
+fn left_out(text: String, unreachable: &BTreeMap<String, String>) -> String {
+    match unreachable.iter().next() {
+        None => text,
+        Some((node, why)) => format!("{text}; {} left out, the first is {node}: {why}", unreachable.len()),
+    }
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let underlay: Option<IpAddr> = self.own.as_ref().map(|o| o.underlay);
+        f.debug_struct("Control")
+            .field("synced", &self.synced)
+            .field("underlay", &underlay)
+            .finish_non_exhaustive()
+    }
+}
