@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use podway_agent::logging::LogFormat;
+use podway_agent::{Instance, ListenAddress, config};
 use podway_lab::spec::{self, LabName, LabSpec};
 
 /// Kubernetes networking in one binary
@@ -20,6 +23,12 @@ pub(crate) enum Command {
     /// Whole clusters in network namespaces on this machine, made from unchanged manifests
     #[command(subcommand)]
     Lab(Lab),
+    /// Run the agent of a node, in the node's network namespace
+    Agent(Agent),
+    /// Remove every trace of an agent from this node: links, routes, rules, programs, files
+    Cleanup(Cleanup),
+    /// List the connections that the datapath tracks
+    Conntrack(Conntrack),
     /// Parts that other commands start
     #[command(subcommand, hide = true)]
     Internal(Internal),
@@ -104,6 +113,75 @@ pub(crate) enum Family {
 pub(crate) enum UnderlayFamily {
     Ipv4,
     Ipv6,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WhichInstance {
+    /// Which agent of this machine: node, or LAB/NODE
+    #[arg(long, env = "PODWAY_INSTANCE", default_value = Instance::DEFAULT, value_parser = Instance::parse)]
+    pub(crate) instance: Instance,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Agent {
+    /// Name of this node's Node object
+    #[arg(long, env = "NODE_NAME")]
+    pub(crate) node_name: String,
+    /// How to reach the API server [default: the service account of the pod that this runs in]
+    #[arg(long)]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) instance: WhichInstance,
+    /// How packets travel to other nodes
+    #[arg(long, value_enum, default_value = "vxlan")]
+    pub(crate) mode: Mode,
+    /// Address family between the nodes [default: that of the Node's first InternalIP]
+    #[arg(long, value_enum)]
+    pub(crate) underlay_family: Option<UnderlayFamily>,
+    /// UDP port of VXLAN
+    #[arg(long, default_value_t = config::DEFAULT_VXLAN_PORT)]
+    pub(crate) vxlan_port: u16,
+    /// VXLAN network identifier
+    #[arg(long, default_value_t = config::DEFAULT_VNI)]
+    pub(crate) vxlan_vni: u32,
+    /// MTU of pods in bytes, instead of the one that fits the underlay
+    #[arg(long)]
+    pub(crate) pod_mtu: Option<u32>,
+    /// Give what leaves the cluster the node's address
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) masquerade: bool,
+    /// Destination that sees the pods' own addresses; may be given several times
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) masquerade_exclude: Vec<IpNet>,
+    /// Where to serve /metrics, /healthz and /readyz
+    #[arg(long, default_value_t = ListenAddress { ip: None, port: config::DEFAULT_METRICS_PORT })]
+    pub(crate) metrics_address: ListenAddress,
+    /// Serve no metrics and no health
+    #[arg(long, conflicts_with = "metrics_address")]
+    pub(crate) no_metrics: bool,
+    /// UDP port of the path MTU proof, the same on all nodes
+    #[arg(long, default_value_t = podway_link::probe::DEFAULT_PORT)]
+    pub(crate) probe_port: u16,
+    /// How log lines look: text or json
+    #[arg(long, default_value = "json")]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cleanup {
+    #[command(flatten)]
+    pub(crate) instance: WhichInstance,
+    /// Even while the agent runs
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Conntrack {
+    #[command(flatten)]
+    pub(crate) instance: WhichInstance,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]

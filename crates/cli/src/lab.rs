@@ -67,6 +67,9 @@ fn up(args: &Up) -> anyhow::Result<u8> {
     });
     runtime()?.block_on(async {
         let mut client = Client::of_lab(&spec.name)?;
+        for node in up::wait_nodes(&mut client, &spec).await? {
+            progress.say(&format!("note: pods are placed without {}: {}", node.name, node.message));
+        }
         let applied = up::fill(&mut client, &loaded).await?;
         for note in &applied.notes {
             progress.say(&format!("note: {note}"));

@@ -3,6 +3,7 @@
 //! Called as `podway-cni` it is the CNI plugin. That is decided before anything else, because a container
 //! runtime starts the plugin for every pod and waits for it.
 
+mod agent;
 mod args;
 mod internal;
 mod lab;
@@ -29,13 +30,18 @@ fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Lab(command) => lab::run(command),
+        Command::Agent(args) => agent::run(args),
+        Command::Cleanup(args) => agent::cleanup(&args),
+        Command::Conntrack(args) => agent::conntrack(&args),
         Command::Internal(command) => internal::run(command),
     };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::error(&format!("podway: {error:#}"));
-            ExitCode::from(if error.is::<podway_lab::spec::BadOption>() { USAGE } else { FAILED })
+            let usage = error.is::<podway_lab::spec::BadOption>()
+                || matches!(error.downcast_ref(), Some(podway_agent::AgentError::Config(_)));
+            ExitCode::from(if usage { USAGE } else { FAILED })
         }
     }
 }

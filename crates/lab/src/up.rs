@@ -15,7 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::client::Client;
 use crate::down;
 use crate::manifest::{self, Loaded};
-use crate::observe::{Observation, observe};
+use crate::observe::{NodeStatus, Observation, observe};
 use crate::spec::LabSpec;
 use crate::state::{LabFile, Lock, StateDir, new_token};
 use crate::supervisor::READY;
@@ -23,8 +23,10 @@ use crate::topology;
 
 /// How long the supervisor may take to come up.
 const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long agents may take before pods are placed without them.
+const NODES_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between two looks at a lab that is coming up.
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_millis(150);
 /// A lab in which nothing but stuck pods is left, unchanged for this long, does not get better.
 const STUCK_FOR: Duration = Duration::from_secs(8);
 /// Lines of a log that an error shows.
@@ -148,6 +150,23 @@ fn wait_ready(child: &mut Child) -> anyhow::Result<()> {
         Ok(line) if line == READY => Ok(()),
         Ok(_) => bail!("the supervisor ended before the lab was up"),
         Err(_) => bail!("the supervisor did not come up in {} s", SUPERVISOR_TIMEOUT.as_secs()),
+    }
+}
+
+/// Waits until every node's agent is ready, so that pods are spread over all of them. Returns the nodes that are
+/// not when time is up.
+///
+/// # Errors
+/// When the lab's API server cannot be reached.
+pub async fn wait_nodes(client: &mut Client, spec: &LabSpec) -> anyhow::Result<Vec<NodeStatus>> {
+    let end = Instant::now() + NODES_TIMEOUT;
+    loop {
+        let seen = observe(client, &spec.name).await?;
+        let late: Vec<NodeStatus> = seen.nodes.into_iter().filter(|n| !n.ready).collect();
+        if late.is_empty() || Instant::now() >= end {
+            return Ok(late);
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }
 
