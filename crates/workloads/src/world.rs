@@ -98,24 +98,30 @@ pub(crate) struct Object<'a> {
 
 impl<'a> Object<'a> {
     fn parse(value: &'a Value) -> Result<Self, Malformed> {
-        let name = read::string(value, "metadata.name")?
+        // Looked up once: every object of every snapshot comes through here.
+        let metadata = value.get("metadata").unwrap_or(&Value::Null);
+        Self::parse_metadata(value, metadata).map_err(|error| error.within("metadata"))
+    }
+
+    fn parse_metadata(value: &'a Value, metadata: &'a Value) -> Result<Self, Malformed> {
+        let name = read::string(metadata, "name")?
             .filter(|name| !name.is_empty())
-            .ok_or_else(|| Malformed::new("metadata.name", "required, but absent or empty"))?;
+            .ok_or_else(|| Malformed::new("name", "required, but absent or empty"))?;
         let mut controller = None;
-        for owner in read::list(value, "metadata.ownerReferences")? {
+        for owner in read::list(metadata, "ownerReferences")? {
             if read::is_true(owner, "controller") {
                 controller = read::string(owner, "uid")?;
             }
         }
         Ok(Self {
             value,
-            namespace: read::string(value, "metadata.namespace")?.unwrap_or_default(),
+            namespace: read::string(metadata, "namespace")?.unwrap_or_default(),
             name,
-            uid: read::string(value, "metadata.uid")?.unwrap_or_default(),
-            labels: read::labels(value, "metadata.labels")?,
+            uid: read::string(metadata, "uid")?.unwrap_or_default(),
+            labels: read::labels(metadata, "labels")?,
             controller,
-            created: read::text(value, "metadata.creationTimestamp").unwrap_or_default(),
-            deleting: read::at(value, "metadata.deletionTimestamp").is_some(),
+            created: read::text(metadata, "creationTimestamp").unwrap_or_default(),
+            deleting: read::at(metadata, "deletionTimestamp").is_some(),
         })
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
-use super::{Service, TRIGGER_TIME, address, hostname, same, target_ref};
+use super::{Service, ServicePort, TRIGGER_TIME, address, hostname, same, target_ref};
 use crate::op::rfc3339;
 use crate::planner::Planner;
 use crate::read;
@@ -24,7 +24,6 @@ pub(super) fn is_ours(endpoints: &Object<'_>) -> bool {
 
 #[derive(Default)]
 struct Subset {
-    ports: Value,
     ready: BTreeMap<IpAddr, Value>,
     not_ready: BTreeMap<IpAddr, Value>,
 }
@@ -89,7 +88,7 @@ pub(super) fn remove_stray(planner: &mut Planner<'_, '_>) {
 /// Addresses that share their ports form a subset. Whether some had to be left out.
 fn subsets(planner: &Planner<'_, '_>, service: &Service<'_>, pods: &[usize]) -> (Vec<Value>, bool) {
     let world = planner.world;
-    let mut subsets: BTreeMap<String, Subset> = BTreeMap::new();
+    let mut subsets: BTreeMap<Vec<Option<u16>>, Subset> = BTreeMap::new();
     let family = service.families[0];
     let (mut ready_count, mut not_ready_count) = (0, 0);
     for &i in pods {
@@ -98,23 +97,10 @@ fn subsets(planner: &Planner<'_, '_>, service: &Service<'_>, pods: &[usize]) -> 
         if pod.object.deleting && !service.publish_not_ready {
             continue;
         }
-        let ports = service.ports_of(pod);
-        if ports.is_empty() && !(service.headless && service.ports.is_empty()) {
+        let numbers = service.numbers_on(pod);
+        if numbers.iter().all(Option::is_none) && !(service.headless && service.ports.is_empty()) {
             continue;
         }
-        let ports: Value = ports
-            .into_iter()
-            .map(|(port, number)| {
-                let mut value = json!({ "port": number, "protocol": port.protocol });
-                if !port.name.is_empty() {
-                    value["name"] = port.name.into();
-                }
-                if let Some(protocol) = port.app_protocol {
-                    value["appProtocol"] = protocol.into();
-                }
-                value
-            })
-            .collect();
         let mut entry = json!({ "ip": ip.to_string(), "targetRef": target_ref(pod) });
         if let Some(node) = pod.node {
             entry["nodeName"] = node.into();
@@ -122,8 +108,7 @@ fn subsets(planner: &Planner<'_, '_>, service: &Service<'_>, pods: &[usize]) -> 
         if let Some(name) = hostname(pod, &service.object) {
             entry["hostname"] = name.into();
         }
-        let subset = subsets.entry(ports.to_string()).or_default();
-        subset.ports = ports;
+        let subset = subsets.entry(numbers).or_default();
         if service.publish_not_ready || pod.ready {
             ready_count += 1;
             subset.ready.insert(ip, entry);
@@ -136,14 +121,17 @@ fn subsets(planner: &Planner<'_, '_>, service: &Service<'_>, pods: &[usize]) -> 
     let mut ready_room = MAX_ADDRESSES;
     let mut not_ready_room = MAX_ADDRESSES.saturating_sub(ready_count);
     let mut list = Vec::new();
-    for subset in subsets.into_values() {
+    for (numbers, subset) in subsets {
         let ready: Vec<Value> = subset.ready.into_values().take(ready_room).collect();
         let not_ready: Vec<Value> = subset.not_ready.into_values().take(not_ready_room).collect();
         ready_room -= ready.len();
         not_ready_room -= not_ready.len();
         let mut value = json!({});
-        let lists =
-            [("addresses", ready.into()), ("notReadyAddresses", not_ready.into()), ("ports", subset.ports)];
+        let lists = [
+            ("addresses", ready.into()),
+            ("notReadyAddresses", not_ready.into()),
+            ("ports", ports(service, &numbers)),
+        ];
         for (key, list) in lists {
             if !same(Some(&list), None) {
                 value[key] = list;
@@ -154,4 +142,18 @@ fn subsets(planner: &Planner<'_, '_>, service: &Service<'_>, pods: &[usize]) -> 
         }
     }
     (list, ready_count + not_ready_count > MAX_ADDRESSES)
+}
+
+fn ports(service: &Service<'_>, numbers: &[Option<u16>]) -> Value {
+    let port = |(port, number): (&ServicePort<'_>, u16)| {
+        let mut value = json!({ "port": number, "protocol": port.protocol });
+        if !port.name.is_empty() {
+            value["name"] = port.name.into();
+        }
+        if let Some(protocol) = port.app_protocol {
+            value["appProtocol"] = protocol.into();
+        }
+        value
+    };
+    service.ports_at(numbers).map(port).collect()
 }

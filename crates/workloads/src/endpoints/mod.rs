@@ -113,13 +113,18 @@ impl<'a> Service<'a> {
         candidates.iter().filter(is_endpoint).copied().collect()
     }
 
-    /// The ports of a pod that the Service leads to, in the Service's order; a named port that the pod lacks is left out.
-    fn ports_of(&self, pod: &Pod<'_>) -> Vec<(&ServicePort<'a>, u16)> {
+    /// Where each of the Service's ports leads on a pod; nothing for a named port that the pod lacks.
+    fn numbers_on(&self, pod: &Pod<'_>) -> Vec<Option<u16>> {
         let number = |port: &ServicePort<'_>| match port.target {
             Target::Number(number) => Some(number),
             Target::Name(name) => container_port(pod, name, port.protocol),
         };
-        self.ports.iter().filter_map(|port| Some((port, number(port)?))).collect()
+        self.ports.iter().map(number).collect()
+    }
+
+    /// The ports that lead somewhere, with where.
+    fn ports_at(&self, numbers: &[Option<u16>]) -> impl Iterator<Item = (&ServicePort<'a>, u16)> {
+        self.ports.iter().zip(numbers).filter_map(|(port, number)| Some((port, (*number)?)))
     }
 
     /// Labels of what is made for the Service.

@@ -75,13 +75,12 @@ fn reconcile_family(
     let max = planner.config.endpoints_per_slice.max(1);
     // Pods whose named ports resolve alike share slices.
     let mut groups: Vec<(Value, Vec<Wanted<'_>>)> = Vec::new();
-    let mut group_of: HashMap<String, usize> = HashMap::new();
+    let mut group_of: HashMap<Vec<Option<u16>>, usize> = HashMap::new();
     for &i in pods {
         let pod = &world.pods[i];
         let Some(value) = endpoint(world, service, pod, family) else { continue };
-        let ports = ports(service, pod);
-        let group = *group_of.entry(ports.to_string()).or_insert_with(|| {
-            groups.push((ports, Vec::new()));
+        let group = *group_of.entry(service.numbers_on(pod)).or_insert_with_key(|numbers| {
+            groups.push((ports(service, numbers), Vec::new()));
             groups.len() - 1
         });
         groups[group].1.push(Wanted { uid: pod.object.uid, value });
@@ -213,7 +212,7 @@ fn hints(distribution: Option<&str>, node: Option<&str>, zone: Option<&str>) -> 
     (zone.is_some() || for_node.is_some()).then_some(hints)
 }
 
-fn ports(service: &Service<'_>, pod: &Pod<'_>) -> Value {
+fn ports(service: &Service<'_>, numbers: &[Option<u16>]) -> Value {
     let port = |(port, number): (&super::ServicePort<'_>, u16)| {
         let mut value = json!({ "name": port.name, "protocol": port.protocol, "port": number });
         if let Some(protocol) = port.app_protocol {
@@ -221,7 +220,7 @@ fn ports(service: &Service<'_>, pod: &Pod<'_>) -> Value {
         }
         value
     };
-    service.ports_of(pod).into_iter().map(port).collect()
+    service.ports_at(numbers).map(port).collect()
 }
 
 fn labels(service: &Service<'_>) -> Value {
