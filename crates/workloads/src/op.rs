@@ -114,7 +114,10 @@ impl Event {
             hash.write(part.as_bytes());
             hash.write(&[0]);
         }
-        format!("{}.{:016x}", self.involved.name, hash.finish())
+        // A name has at most 253 bytes, and parts that end in a letter or digit.
+        let object = names::truncated(&self.involved.name, 236).trim_end_matches(['-', '.']);
+        let object = if object.is_empty() { "unnamed" } else { object };
+        format!("{object}.{:016x}", hash.finish())
     }
 
     /// The `v1` Event object to create, first and last seen at `now`.
@@ -145,4 +148,36 @@ impl Event {
 /// The API's `metav1.Time`: RFC 3339, UTC, whole seconds.
 pub fn rfc3339(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn event_names_are_valid_and_tell_events_apart() {
+        let event = |name: &str, message: &str| Event {
+            involved: Involved {
+                api_version: "v1".into(),
+                kind: "Pod".into(),
+                namespace: "default".into(),
+                name: name.into(),
+                uid: "1".into(),
+            },
+            type_: EventType::Normal,
+            reason: "Scheduled",
+            message: message.into(),
+            component: "default-scheduler",
+        };
+        let long = format!("{}-{}", "x".repeat(235), "y".repeat(17));
+        for name in ["web-0", &long, ""] {
+            let event_name = event(name, "a").name();
+            assert!(event_name.len() <= 253 && !event_name.starts_with('.') && !event_name.contains("-."));
+            assert_eq!(event_name, event(name, "a").name());
+            assert_ne!(event_name, event(name, "b").name());
+        }
+        let object = event("web-0", "a").to_object(Timestamp::UNIX_EPOCH);
+        assert_eq!(object["lastTimestamp"], "1970-01-01T00:00:00Z");
+        assert_eq!(object["involvedObject"]["kind"], "Pod");
+    }
 }
