@@ -474,7 +474,7 @@ fn perform(cluster: &mut Cluster, act: Act) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     /// Whatever happens to a cluster, it comes to rest, and then every workload has what it asks for.
     #[test]
@@ -540,7 +540,7 @@ fn damage(value: &mut Value, path: &[u8], with: &Value) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     /// Objects with anything anywhere never panic, never loop, and leave their neighbours alone.
     #[test]
