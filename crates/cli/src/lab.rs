@@ -95,9 +95,9 @@ fn up(args: &Up) -> anyhow::Result<u8> {
         if !settled {
             let why = match waited {
                 Waited::TimedOut(_) => format!("not everything is ready after {} s", args.timeout.as_secs()),
-                _ => "some pods cannot become ready".into(),
+                _ => "some of it cannot become ready".into(),
             };
-            progress.say(&format!("\n{why}:"));
+            progress.say(&format!("{why}:"));
             for line in waiting_for(seen) {
                 progress.say(&format!("  {line}"));
             }
@@ -126,7 +126,7 @@ fn waiting_for(seen: &Observation) -> Vec<String> {
         .filter(|p| !p.ready)
         .map(|p| format!("pod {}/{}: {}", p.namespace, p.name, p.reason));
     let workloads = seen.unsettled.iter().map(|u| format!("{}: {}", u.name, u.reason));
-    nodes.chain(pods).chain(workloads).collect()
+    nodes.chain(pods).chain(workloads).chain(seen.malformed.iter().cloned()).collect()
 }
 
 fn describe(seen: &Observation) -> String {

@@ -85,8 +85,8 @@ impl Progress {
     pub(crate) fn end(&mut self) {
         if self.terminal && !self.last.is_empty() {
             error("");
+            self.last.clear();
         }
-        self.last.clear();
     }
 }
 

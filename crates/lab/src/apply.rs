@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::manifest::{Object, Problem};
 
+const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+
 /// What came of it.
 #[derive(Debug, Default)]
 pub struct Applied {
@@ -40,8 +42,20 @@ pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Ap
         Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
     let list = work.client.read("/api/v1/namespaces").await?;
     work.namespaces.extend(names(&list));
+    let mut seen = BTreeSet::new();
+    let mut twice = Vec::new();
     for object in in_order(objects) {
+        let name = (object.group(), object.kind(), object.namespace(), object.name());
+        if !seen.insert(name) && object.value["metadata"]["name"].is_string() {
+            twice.push(object.display_name());
+        }
         work.write(object).await?;
+    }
+    if let Some(first) = twice.first() {
+        let count = twice.len();
+        work.out
+            .notes
+            .push(format!("{count} objects are in more than one document, the last one counts: {first}, …"));
     }
     Ok(work.out)
 }
@@ -151,10 +165,8 @@ impl Work<'_> {
             self.kinds.insert(key, found.clone());
             return Ok(Ok(found));
         }
-        // Groups without a dot are Kubernetes' own; a kind missing from them is a mistake or an old version.
-        if !object.group().contains('.')
-            || object.group().ends_with(".k8s.io") && self.serves(object.group()).await?
-        {
+        // In a group of Kubernetes' own, a kind that is missing is a mistake or an old version.
+        if self.is_built_in(object.group()).await? {
             return Ok(Err(format!(
                 "no kind {} in {}: misspelt, or a version that Kubernetes no longer has",
                 object.kind(),
@@ -163,11 +175,10 @@ impl Work<'_> {
         }
         let definition = definition(object);
         let namespaced = definition["spec"]["scope"] == "Namespaced";
-        let path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-        let mut answer = self.client.call(Method::POST, path, Some(&definition)).await?;
+        let mut answer = self.client.call(Method::POST, DEFINITIONS, Some(&definition)).await?;
         if answer.code == StatusCode::CONFLICT {
             // Defined, but not in this version.
-            let path = format!("{path}/{}.{}", plural(object.kind()), object.group());
+            let path = format!("{DEFINITIONS}/{}.{}", plural(object.kind()), object.group());
             let mut known = self.client.read(&path).await?;
             if let (Some(versions), Some(new)) =
                 (known["spec"]["versions"].as_array_mut(), definition["spec"]["versions"].get(0))
@@ -192,8 +203,18 @@ impl Work<'_> {
         Ok(Ok(resource))
     }
 
-    async fn serves(&mut self, group: &str) -> anyhow::Result<bool> {
-        Ok(self.client.call(Method::GET, &format!("/apis/{group}"), None).await?.code.is_success())
+    /// A group that is served although no definition of a custom kind is in it. One without a dot can be nobody
+    /// else's than Kubernetes' own.
+    async fn is_built_in(&mut self, group: &str) -> anyhow::Result<bool> {
+        if !group.contains('.') {
+            return Ok(true);
+        }
+        if !self.client.call(Method::GET, &format!("/apis/{group}"), None).await?.code.is_success() {
+            return Ok(false);
+        }
+        let definitions = self.client.read(DEFINITIONS).await?;
+        let mut groups = definitions["items"].as_array().into_iter().flatten().map(|d| &d["spec"]["group"]);
+        Ok(!groups.any(|g| g == group))
     }
 
     async fn discover(&mut self, object: &Object) -> anyhow::Result<Option<Resource>> {

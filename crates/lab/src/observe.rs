@@ -1,6 +1,7 @@
 //! What a lab looks like right now: nodes, pods, and why some are not ready. Read through the API, and link MTUs
 //! from the kernel.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use podway_link::{Netlink, Netns};
@@ -68,6 +69,8 @@ pub struct Unsettled {
     pub name: String,
     /// What it waits for.
     pub reason: String,
+    /// Its controller cannot read it.
+    pub stuck: bool,
 }
 
 /// Everything.
@@ -79,13 +82,18 @@ pub struct Observation {
     pub pods: Vec<PodStatus>,
     /// Workloads that are not complete.
     pub unsettled: Vec<Unsettled>,
+    /// Objects with a field that nobody can make sense of, with the field and the cause.
+    pub malformed: Vec<String>,
 }
 
 impl Observation {
     /// Whether nodes, pods and workloads are all as they should be.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        self.unsettled.is_empty() && self.nodes.iter().all(|n| n.ready) && self.pods.iter().all(|p| p.ready)
+        self.unsettled.is_empty()
+            && self.malformed.is_empty()
+            && self.nodes.iter().all(|n| n.ready)
+            && self.pods.iter().all(|p| p.ready)
     }
 
     /// Whether everything that is not ready is so for good.
@@ -94,7 +102,8 @@ impl Observation {
         !self.is_settled()
             && self.nodes.iter().all(|n| n.ready)
             && self.pods.iter().all(|p| p.ready || p.stuck)
-            && self.pods.iter().any(|p| p.stuck)
+            // A workload that waits for a pod that is stuck is stuck as well.
+            && (self.pods.iter().any(|p| p.stuck) || self.unsettled.iter().all(|u| u.stuck))
     }
 
     /// Pods that are ready, and all pods.
@@ -112,7 +121,11 @@ pub async fn observe(client: &mut Client, lab: &LabName) -> anyhow::Result<Obser
     let mut nodes: Vec<NodeStatus> = items(&client.read("/api/v1/nodes").await?).map(node).collect();
     // node-2 before node-10.
     nodes.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
+    let complaints = complaints(&client.read("/api/v1/events?fieldSelector=type%3DWarning").await?);
     let mut pods: Vec<PodStatus> = items(&client.read("/api/v1/pods").await?).map(pod).collect();
+    for pod in pods.iter_mut().filter(|p| !p.ready) {
+        explain(pod, &nodes, complaints.get(&("Pod".into(), pod.namespace.clone(), pod.name.clone())));
+    }
     pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
     let mut unsettled = Vec::new();
     for (path, kind) in [
@@ -125,16 +138,66 @@ pub async fn observe(client: &mut Client, lab: &LabName) -> anyhow::Result<Obser
     ] {
         let list = client.read(path).await?;
         unsettled.extend(items(&list).filter_map(|object| {
-            let reason = waits_for(kind, object)?;
-            Some(Unsettled {
-                name: format!("{kind} {}/{}", meta(object, "namespace"), meta(object, "name")),
-                reason,
-            })
+            let waits = waits_for(kind, object)?;
+            let (namespace, name) = (meta(object, "namespace"), meta(object, "name"));
+            let complaint = complaints.get(&(kind.into(), namespace.into(), name.into()));
+            let stuck = complaint.is_some_and(|c| c.malformed);
+            let reason = complaint.filter(|c| c.malformed).map_or(waits, |c| c.message.clone());
+            Some(Unsettled { name: format!("{kind} {namespace}/{name}"), reason, stuck })
         }));
     }
-    let mut out = Observation { nodes, pods, unsettled };
+    let malformed = complaints
+        .iter()
+        .filter(|((kind, ..), c)| c.malformed && !SHOWN_ELSEWHERE.contains(&kind.as_str()))
+        .map(|((kind, namespace, name), c)| format!("{kind} {namespace}/{name}: {}", c.message))
+        .collect();
+    let mut out = Observation { nodes, pods, unsettled, malformed };
     read_mtus(lab, &mut out);
     Ok(out)
+}
+
+/// Kinds whose malformed objects are in the lists of pods and workloads.
+const SHOWN_ELSEWHERE: [&str; 7] =
+    ["Pod", "Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "ReplicationController", "Job"];
+
+/// The newest warning about an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Complaint {
+    at: String,
+    message: String,
+    /// The object itself is wrong.
+    malformed: bool,
+}
+
+/// By kind, namespace and name.
+fn complaints(events: &Value) -> BTreeMap<(String, String, String), Complaint> {
+    let mut out = BTreeMap::<_, Complaint>::new();
+    for event in items(events) {
+        let about = |field: &str| event["involvedObject"][field].as_str().unwrap_or_default().to_owned();
+        let new = Complaint {
+            at: event["lastTimestamp"].as_str().unwrap_or_default().to_owned(),
+            message: event["message"].as_str().unwrap_or_default().to_owned(),
+            malformed: event["reason"] == "InvalidObject",
+        };
+        let slot =
+            out.entry((about("kind"), about("namespace"), about("name"))).or_insert_with(|| new.clone());
+        // Times of this form sort as text.
+        if new.at > slot.at {
+            *slot = new;
+        }
+    }
+    out
+}
+
+/// What the pod's own status does not say.
+fn explain(pod: &mut PodStatus, nodes: &[NodeStatus], complaint: Option<&Complaint>) {
+    if !pod.node.is_empty() && !nodes.iter().any(|n| n.name == pod.node) {
+        pod.reason = format!("spec.nodeName: there is no node {}", pod.node);
+        pod.stuck = true;
+    } else if let Some(complaint) = complaint.filter(|c| c.malformed) {
+        pod.reason.clone_from(&complaint.message);
+        pod.stuck = true;
+    }
 }
 
 fn items(list: &Value) -> impl Iterator<Item = &Value> {
@@ -330,6 +393,26 @@ mod tests {
         }
         let done = pod(&json!({"spec": {"nodeName": "n"}, "status": {"phase": "Succeeded"}}));
         assert!(done.ready);
+    }
+
+    #[test]
+    fn malformed_objects_and_missing_nodes_explain_a_pod() {
+        let events = json!({"items": [
+            {"involvedObject": {"kind": "Pod", "namespace": "x", "name": "a"}, "reason": "BackOff", "message": "old",
+             "lastTimestamp": "2026-01-01T00:00:00Z"},
+            {"involvedObject": {"kind": "Pod", "namespace": "x", "name": "a"}, "reason": "InvalidObject",
+             "message": "spec.containers: empty", "lastTimestamp": "2026-01-01T00:00:01Z"},
+        ]});
+        let complaints = complaints(&events);
+        let complaint = complaints.get(&("Pod".into(), "x".into(), "a".into()));
+        let mut bad = pod(&json!({"metadata": {"name": "a", "namespace": "x"}}));
+        explain(&mut bad, &[], complaint);
+        assert!(bad.stuck && bad.reason == "spec.containers: empty", "{}", bad.reason);
+        let mut lost = pod(&json!({"spec": {"nodeName": "node-9"}}));
+        explain(&mut lost, &[], None);
+        assert!(lost.stuck && lost.reason.contains("node-9"), "{}", lost.reason);
+        let seen = Observation { nodes: vec![], pods: vec![bad], unsettled: vec![], malformed: vec![] };
+        assert!(seen.is_stuck() && !seen.is_settled());
     }
 
     #[test]

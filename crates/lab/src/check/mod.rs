@@ -29,7 +29,7 @@ pub use render::render;
 /// Sockets that are open for sources at the same time; pods' listeners come on top.
 const SOCKETS: usize = 1600;
 /// Most sources at a time: more would make the answers late for reasons of this machine only.
-const SOURCES: usize = 6;
+const SOURCES: usize = 16;
 /// Connections that one listener of the check serves at a time.
 const CONNECTIONS: usize = 64;
 /// File descriptors that the check asks the kernel for.
