@@ -1,0 +1,15 @@
+//! The binary as a user runs it: labs come up, packets move, processes die, and nothing is left.
+//!
+//! Each test has a lab of its own, so they run side by side. They need root, the kernel object, and the programs
+//! that `make setup` installs; without root they say so and pass.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and says why it skips"
+)]
+
+mod attachments;
+mod faults;
+mod lab;
+mod paths;
+mod projects;
