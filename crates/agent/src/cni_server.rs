@@ -136,9 +136,10 @@ impl Service {
         let took = begun.elapsed();
         let code = result.as_ref().err().map_or(0, |e| e.code);
         self.metrics.cni(command, code, took);
-        let ms = took.as_secs_f64() * 1000.0;
+        let ms = f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1000.0;
         match &result {
-            Ok(_) if command == "STATUS" => {}
+            // Asked every few seconds; a change is logged where it happens.
+            _ if command == "STATUS" => {}
             Ok(_) => info!(command, what, ms, "CNI"),
             Err(error) => warn!(command, what, ms, %error, "CNI"),
         }

@@ -9,6 +9,7 @@
 //!    the difference. A list that comes again replaces the set without anything disappearing in between.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -107,6 +108,8 @@ struct MtuWarning {
     reported: Instant,
     /// Fragments made before the warning.
     fragments: u64,
+    /// More have been made, and that was reported.
+    harm: bool,
 }
 
 impl Control {
@@ -352,22 +355,20 @@ impl Control {
             return;
         };
         let fragments = snmp::Counters::read().map_or(0, |c| c.fragments_created());
-        let since = match &self.mtu_warning {
-            Some(before) if before.reason == warning.reason => {
-                if before.reported.elapsed() < REPEAT_WARNING {
-                    return;
-                }
-                before.fragments
-            }
-            _ => fragments,
-        };
+        let before = self.mtu_warning.as_ref().filter(|w| w.reason == warning.reason);
+        let since = before.map_or(fragments, |w| w.fragments);
+        let harm = fragments > since;
+        // Anew every minute, and at once when it begins to cost packets.
+        if before.is_some_and(|w| w.reported.elapsed() < REPEAT_WARNING && (w.harm || !harm)) {
+            return;
+        }
         let mut message = warning.message.clone();
-        if fragments > since {
-            message.push_str(&format!("; {} IP fragments were made here since", fragments - since));
+        if harm {
+            let _ = write!(message, "; {} IP fragments were made on this node since", fragments - since);
         }
         self.parts.reporter.warning(warning.reason, &local.uplink.name, &message);
-        self.mtu_warning =
-            Some(MtuWarning { reason: warning.reason, reported: Instant::now(), fragments: since });
+        let reported = Instant::now();
+        self.mtu_warning = Some(MtuWarning { reason: warning.reason, reported, fragments: since, harm });
     }
 
     /// Everything that concerns other nodes.

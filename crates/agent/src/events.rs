@@ -70,6 +70,9 @@ pub struct AttachEvents(pub std::sync::Arc<Reporter>);
 
 impl Observer for AttachEvents {
     fn exhausted(&self, error: &Exhausted) {
-        self.0.warning("AddressesExhausted", "", &error.to_string());
+        // Without any podCIDR the node is not ready, which is told in another way.
+        if !error.usage.is_empty() {
+            self.0.warning("AddressesExhausted", "", &error.to_string());
+        }
     }
 }

@@ -80,7 +80,7 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> AgentError {
 /// # Errors
 /// It cannot start. Once it runs, nothing ends it but the signal: problems are told by log, events, metrics and
 /// `/readyz`, and tried again.
-pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
+pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     config.validate()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -99,10 +99,11 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         warn!(step, "this agent dies on order ({})", crash::VARIABLE);
     }
 
+    let metrics_address = config.metrics_address;
     let running = Running::start(config, &runtime, &client)?;
     let server = CniServer::start(&run_dir.join(run_dir::SOCKET), &running.attacher, &running.metrics)
         .map_err(failed("listening on the CNI socket"))?;
-    if let Some(address) = config.metrics_address {
+    if let Some(address) = metrics_address {
         let pages = Pages {
             metrics: Arc::clone(&running.metrics),
             status: Arc::clone(&running.status),
@@ -141,7 +142,7 @@ struct Running {
 
 impl Running {
     fn start(
-        config: &AgentConfig,
+        config: AgentConfig,
         runtime: &tokio::runtime::Runtime,
         client: &Client,
     ) -> Result<Self, AgentError> {
@@ -188,14 +189,15 @@ impl Running {
             proof,
             interest,
         };
-        let control = Control::new(config.clone(), parts)?;
+        let node_name = config.node_name.clone();
+        let control = Control::new(config, parts)?;
         let mut threads = vec![watching];
         threads.push(thread("podway-control", move || control.run(&messages))?);
         let (counters, flag) = (Arc::clone(&metrics), Arc::clone(&stopping));
         threads.push(thread("podway-sweep", move || sweep(&datapath, &counters, &flag))?);
 
         let _guard = runtime.enter();
-        reporter.set_writer(EventWriter::start(client, "podway-agent", &config.node_name));
+        reporter.set_writer(EventWriter::start(client, "podway-agent", &node_name));
         runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone()));
         Ok(Self { attacher, metrics, status, stopping, wake, threads })
     }
