@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use podway_agent::{AgentConfig, Credentials, Instance, LogFormat};
+use podway_agent::{AgentConfig, Credentials, Instance, LogFormat, NetworkMode};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// `agent NODE KUBECONFIG INSTANCE [pod MTU]`: an agent that ends with its parent.
+/// `agent NODE KUBECONFIG INSTANCE [mtu=N] [direct] [underlay6]`: an agent that ends with its parent.
 fn agent(arguments: &[String]) -> ExitCode {
     let [node, kubeconfig, instance, rest @ ..] = arguments else { return ExitCode::FAILURE };
     std::thread::spawn(|| {
@@ -65,7 +65,14 @@ fn agent(arguments: &[String]) -> ExitCode {
     podway_agent::logging::init(LogFormat::Text);
     let credentials = Credentials::Kubeconfig(kubeconfig.into());
     let mut config = AgentConfig::new(node, Instance::parse(instance).unwrap(), credentials);
-    config.pod_mtu = rest.first().map(|mtu| mtu.parse().unwrap());
+    for option in rest {
+        match option.split_once('=') {
+            Some(("mtu", mtu)) => config.pod_mtu = Some(mtu.parse().unwrap()),
+            None if option == "direct" => config.mode = NetworkMode::Direct,
+            None if option == "underlay6" => config.underlay_v6 = Some(true),
+            _ => panic!("unknown option {option:?}"),
+        }
+    }
     match podway_agent::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

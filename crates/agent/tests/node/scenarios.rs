@@ -14,6 +14,8 @@ pub(crate) type Scenario = (&'static str, fn());
 
 pub(crate) const ALL: &[Scenario] = &[
     ("every_pair_reaches_every_other", every_pair_reaches_every_other),
+    ("every_pair_over_an_ipv6_underlay", every_pair_over_an_ipv6_underlay),
+    ("every_pair_by_direct_routing", every_pair_by_direct_routing),
     ("full_size_packets_pass_and_larger_ones_do_not", full_size_packets_pass_and_larger_ones_do_not),
     ("check_tells_what_is_different", check_tells_what_is_different),
     ("a_restart_adopts_everything", a_restart_adopts_everything),
@@ -48,7 +50,18 @@ fn own(number: u8) -> [IpAddr; 2] {
 }
 
 fn every_pair_reaches_every_other() {
-    let world = World::ready();
+    every_pair(&World::ready(), 1450);
+}
+
+fn every_pair_over_an_ipv6_underlay() {
+    every_pair(&World::ready_with(&["underlay6"]), 1430);
+}
+
+fn every_pair_by_direct_routing() {
+    every_pair(&World::ready_with(&["direct"]), 1500);
+}
+
+fn every_pair(world: &World, mtu: u32) {
     let [n1, n2] = world.nodes.as_slice() else { unreachable!() };
     let pods = [(n1, world.pod("a")), (n1, world.pod("b")), (n2, world.pod("c"))];
     let attached: Vec<Vec<IpAddr>> = pods.iter().map(|(node, pod)| addresses(node, pod)).collect();
@@ -72,6 +85,13 @@ fn every_pair_reaches_every_other() {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
+    assert_eq!(mtus(&pods[0].1), mtu);
+    for (from, to) in attached[0].iter().zip(&attached[2]) {
+        let (from, to) = ((&pods[0].1.ns, *from), (&pods[2].1.ns, *to));
+        let size = u16::try_from(mtu).unwrap();
+        assert_eq!(proven(from, to, size), Verdict::Proven { mtu: size });
+    }
+    assert_eq!(n1.metric("podway_ip_fragments_created_total"), 0.0);
     println!("  resident: {:.1} MB", n1.metric("podway_resident_memory_bytes") / 1e6);
 }
 
@@ -139,7 +159,7 @@ fn a_restart_adopts_everything() {
         exchange(a, c).expect("traffic goes on without agents");
     }
     for node in &mut world.nodes {
-        node.start(&[], None);
+        node.start(&[], &[]);
     }
     // While it starts, too.
     let deadline = Instant::now() + Duration::from_secs(3);
@@ -182,7 +202,7 @@ fn lost_state_is_rebuilt_from_the_kernel() {
                 podway_bpf_host::Datapath::remove_all(&node.instance.pin_dir()).unwrap();
             }
         }
-        node.start(&[], None);
+        node.start(&[], &[]);
         node.wait_ready();
         let next = world.pod("next");
         let node = &world.nodes[0];
@@ -209,11 +229,11 @@ fn death_at_each_step_of_add_leaves_nothing() {
         let pod = world.pod(&format!("a{n}"));
         let node = &mut world.nodes[0];
         node.kill();
-        node.start(&[(crash::VARIABLE, step)], None);
+        node.start(&[(crash::VARIABLE, step)], &[]);
         node.wait_ready();
         assert!(node.add(&pod).is_err(), "{step}");
         wait(&format!("death at {step}"), 10, || node.has_died());
-        node.start(&[], None);
+        node.start(&[], &[]);
         node.wait_ready();
         // Half of the runtimes' ways out each: DEL, or GC later on.
         if n % 2 == 0 {
@@ -235,12 +255,12 @@ fn death_at_each_step_of_del_leaves_nothing() {
         let pod = world.pod(&format!("d{n}"));
         let node = &mut world.nodes[0];
         node.kill();
-        node.start(&[(crash::VARIABLE, step)], None);
+        node.start(&[(crash::VARIABLE, step)], &[]);
         node.wait_ready();
         addresses(node, &pod);
         node.del(&pod.name).ok();
         wait(&format!("death at {step}"), 10, || node.has_died());
-        node.start(&[], None);
+        node.start(&[], &[]);
         node.wait_ready();
         // The runtime had no answer, and asks again.
         node.del(&pod.name).unwrap_or_else(|e| panic!("{step}: {e}"));
@@ -360,13 +380,7 @@ fn a_narrow_path_is_found_and_reported() {
 }
 
 fn a_wrong_mtu_is_reported_and_its_fragments_are_counted() {
-    let mut world = World::new();
-    for node in &mut world.nodes {
-        node.start(&[], Some(1500));
-    }
-    for node in &world.nodes {
-        node.wait_ready();
-    }
+    let world = World::ready_with(&["mtu=1500"]);
     let (a, c) = (world.pod("a"), world.pod("c"));
     let (from, to) = (addresses(&world.nodes[0], &a), addresses(&world.nodes[1], &c));
     assert_eq!(mtus(&a), 1500);
@@ -449,7 +463,7 @@ fn without_the_api_server_pods_are_attached_from_memory() {
     // Without memory, nothing is attached, and the reason is told.
     world.nodes[0].kill();
     std::fs::remove_file(world.nodes[0].instance.run_dir().join("node.json")).unwrap();
-    world.nodes[0].start(&[], None);
+    world.nodes[0].start(&[], &[]);
     let d = world.pod("d");
     wait("the socket", 10, || world.nodes[0].socket().exists());
     let error = world.nodes[0].add(&d).unwrap_err();

@@ -113,9 +113,14 @@ impl World {
 
     /// A world whose agents are ready.
     pub(crate) fn ready() -> Self {
+        Self::ready_with(&[])
+    }
+
+    /// A world whose agents have options and are ready.
+    pub(crate) fn ready_with(options: &[&str]) -> Self {
         let mut world = Self::new();
         for node in &mut world.nodes {
-            node.start(&[], None);
+            node.start(&[], options);
         }
         for node in &world.nodes {
             node.wait_ready();
@@ -220,7 +225,7 @@ pub(crate) fn node_object(number: u8) -> Value {
 }
 
 impl TestNode {
-    pub(crate) fn start(&mut self, environment: &[(&str, &str)], pod_mtu: Option<u32>) {
+    pub(crate) fn start(&mut self, environment: &[(&str, &str)], options: &[&str]) {
         assert!(self.agent.is_none());
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -228,7 +233,7 @@ impl TestNode {
             .args(["agent", &self.name])
             .arg(&self.kubeconfig)
             .arg(self.instance.to_string())
-            .args(pod_mtu.map(|m| m.to_string()))
+            .args(options)
             .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(log.try_clone().unwrap())
@@ -263,7 +268,7 @@ impl TestNode {
 
     pub(crate) fn restart(&mut self) {
         self.kill();
-        self.start(&[], None);
+        self.start(&[], &[]);
         self.wait_ready();
     }
 
