@@ -313,8 +313,8 @@ pub(crate) struct Down {
     /// Name of the lab; not needed when there is only one
     #[arg(value_name = "LAB", conflicts_with_all = ["all", "name"])]
     pub(crate) lab: Option<LabName>,
-    /// The same, as other commands have it
-    #[arg(long, env = "PODWAY_LAB", conflicts_with = "all")]
+    /// The same, as other commands have it [env: PODWAY_LAB=]
+    #[arg(long, conflicts_with = "all")]
     pub(crate) name: Option<LabName>,
     /// Remove all labs of this machine
     #[arg(long)]

@@ -284,7 +284,11 @@ fn down(args: &Down) -> anyhow::Result<u8> {
     let labs = match (args.lab.as_ref().or(args.name.as_ref()), args.all) {
         (Some(name), _) => vec![name.clone()],
         (None, true) => state::list()?,
-        (None, false) => vec![only(&state::list()?)?],
+        // Not read by clap: there it would contradict the name on the command line.
+        (None, false) => match std::env::var("PODWAY_LAB") {
+            Ok(name) => vec![name.parse().context("PODWAY_LAB")?],
+            Err(_) => vec![only(&state::list()?)?],
+        },
     };
     let mut code = OK;
     for lab in labs {

@@ -168,7 +168,8 @@ fn endpoints(lab: &LabName, observation: &Observation) -> (Vec<Endpoint>, Vec<St
     let mut left_out = Vec::new();
     for pod in &observation.pods {
         let name = format!("{}/{}", pod.namespace, pod.name);
-        if pod.phase == "Succeeded" {
+        // What has ended has no address any more.
+        if matches!(&*pod.phase, "Succeeded" | "Failed") {
             continue;
         }
         if !pod.ready || pod.addresses.is_empty() {
