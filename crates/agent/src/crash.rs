@@ -18,7 +18,6 @@
 //! | `del.marked` | its link is marked as gone |
 //! | `del.released` | its addresses rest |
 //! | `del.queued` | the deletion of the link is queued, the answer is not sent |
-//! | `del.detached` | the kernel programs are unpinned |
 //! | `del.deleted` | the link is deleted |
 
 use std::sync::OnceLock;
@@ -27,7 +26,7 @@ use std::sync::OnceLock;
 pub const VARIABLE: &str = "PODWAY_CRASH_AT";
 
 /// Every step, in the order of [`point`] calls.
-pub const STEPS: [&str; 15] = [
+pub const STEPS: [&str; 14] = [
     "add.begin",
     "add.leased",
     "add.link",
@@ -41,7 +40,6 @@ pub const STEPS: [&str; 15] = [
     "del.marked",
     "del.released",
     "del.queued",
-    "del.detached",
     "del.deleted",
 ];
 

@@ -1,4 +1,9 @@
 //! Attaching the programs to devices, so that they stay when the agent goes.
+//!
+//! The node's own devices get pinned TCX links where the kernel has them: first in the chain, and swapped
+//! without a gap. Pods' links get clsact filters on every kernel: the first TCX program on a device waits for an
+//! RCU grace period while it holds the lock of the whole link layer (16 to 50 ms measured), which would be most
+//! of what attaching a pod costs; a filter takes well under a millisecond and goes with its device.
 
 use std::{
     fs,
@@ -19,7 +24,7 @@ use podway_abi::Hook;
 
 use crate::{Datapath, Error, Result, program};
 
-/// How programs are attached to a device.
+/// How programs are attached to the node's own devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMethod {
     /// TCX links, pinned (kernel 6.6 and later, commit e420bed02507).
@@ -60,7 +65,8 @@ impl Datapath {
         self.attach(ifindex, Hook::ToTunnel)
     }
 
-    /// Attaches to both directions of the host side of a pod's veth, or replaces the programs there.
+    /// Attaches to both directions of the host side of a pod's veth, or replaces the programs there. They go
+    /// with the device.
     ///
     /// # Errors
     /// As [`Datapath::attach_uplink`].
@@ -69,51 +75,26 @@ impl Datapath {
         self.attach(ifindex, Hook::ToPod)
     }
 
-    /// Removes the pins of a pod's programs; when its device still exists it is detached with that.
-    ///
-    /// # Errors
-    /// When a pin exists and cannot be removed.
-    pub fn detach_pod(&self, ifindex: u32) -> Result<()> {
-        self.detach(ifindex, Hook::FromPod)?;
-        self.detach(ifindex, Hook::ToPod)
-    }
-
     /// Removes the programs from the underlay device.
     ///
     /// # Errors
-    /// As [`Datapath::detach_pod`].
+    /// When it is attached and cannot be detached.
     pub fn detach_uplink(&self, ifindex: u32) -> Result<()> {
         self.detach(ifindex, Hook::FromUplink)
-    }
-
-    /// Interface indices that pod programs are pinned for, whether or not the device still exists.
-    ///
-    /// # Errors
-    /// When the pin directory cannot be read.
-    pub fn attached_pods(&self) -> Result<Vec<u32>> {
-        let dir = self.pin_dir.join("links");
-        let entries = fs::read_dir(&dir).map_err(|e| Error::io("read", &dir, e))?;
-        let suffix = format!("-{}", Hook::FromPod.name());
-        let mut all: Vec<u32> = entries
-            .flatten()
-            .filter_map(|e| e.file_name().to_str()?.strip_suffix(&suffix)?.parse().ok())
-            .collect();
-        all.sort_unstable();
-        Ok(all)
     }
 
     fn attach(&self, ifindex: u32, hook: Hook) -> Result<()> {
         let interface = interface_name(ifindex, hook)?;
         let mut ebpf = self.ebpf();
         let program = program(&mut ebpf, hook)?;
-        match self.method {
+        match self.method(hook) {
             AttachMethod::Tcx => attach_tcx(program, &interface, hook, &self.link_pin(ifindex, hook)),
             AttachMethod::Clsact => attach_clsact(program, &interface, hook),
         }
     }
 
     fn detach(&self, ifindex: u32, hook: Hook) -> Result<()> {
-        match self.method {
+        match self.method(hook) {
             AttachMethod::Tcx => remove_pin(&self.link_pin(ifindex, hook)),
             AttachMethod::Clsact => {
                 // The filter goes with its device; without one there is nothing to detach.
@@ -124,6 +105,13 @@ impl Datapath {
                     Err(e) => Err(failed("detach", hook, &interface, e)),
                 }
             }
+        }
+    }
+
+    const fn method(&self, hook: Hook) -> AttachMethod {
+        match hook {
+            Hook::FromPod | Hook::ToPod => AttachMethod::Clsact,
+            Hook::FromUplink | Hook::FromTunnel | Hook::ToTunnel => self.method,
         }
     }
 
@@ -168,21 +156,31 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
     // An existing qdisc comes back as one of several errors; where there is none, attaching fails below and
     // says so.
     let _ = tc::qdisc_add_clsact(interface);
-    let old = SchedClassifierLink::attached(interface, direction(hook), FILTER_PRIORITY, FILTER_HANDLE, None)
-        .map_err(|e| failed("attach", hook, interface, e))?;
-    let id = match program.attach_to_link(old) {
+    let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+    let made = program.attach_with_options(interface, direction(hook), TcAttachOptions::Netlink(options));
+    let id = match made {
         Ok(id) => id,
-        Err(_) => {
-            let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
-            program
-                .attach_with_options(interface, direction(hook), TcAttachOptions::Netlink(options))
-                .map_err(|e| failed("attach", hook, interface, e))?
+        // A predecessor's filter is there: the program is swapped within it.
+        Err(error) => {
+            SchedClassifierLink::attached(interface, direction(hook), FILTER_PRIORITY, FILTER_HANDLE, None)
+                .ok()
+                .and_then(|old| program.attach_to_link(old).ok())
+                .ok_or_else(|| failed("attach", hook, interface, error))?
         }
     };
     let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
     // Dropping the link would detach the filter, which is to stay.
     std::mem::forget(link);
     Ok(())
+}
+
+/// Removes the filters of every hook from a device; those that are not there are no error.
+pub(crate) fn remove_filters(ifindex: u32) {
+    for hook in Hook::ALL {
+        if let Ok(interface) = interface_name(ifindex, hook) {
+            let _ = tc::qdisc_detach_program(&interface, direction(hook), hook.name());
+        }
+    }
 }
 
 fn remove_pin(pin: &Path) -> Result<()> {

@@ -2,11 +2,12 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use aya::maps::{HashMap, Map, MapData};
 use nix::time::{ClockId, clock_gettime};
 use podway_abi::{CtEntry, CtKey, ct_flags};
 use podway_datapath::track;
 
-use crate::{Datapath, Error, Result, ignore_missing};
+use crate::{Datapath, Error, Result, ignore_missing, lock};
 
 /// A tracked flow, seen from the end that opened it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +41,24 @@ pub struct SweepReport {
     pub removed: usize,
 }
 
+/// The connection table.
+pub(crate) struct Flows {
+    table: HashMap<MapData, CtKey, CtEntry>,
+    /// What the last sweep found.
+    swept: Option<SweepReport>,
+}
+
+impl Flows {
+    pub(crate) fn new(table: Map) -> Result<Self> {
+        Ok(Self { table: HashMap::try_from(table)?, swept: None })
+    }
+
+    /// Flows in the table as of the last sweep; counted when there was none.
+    pub(crate) fn count(&self) -> usize {
+        self.swept.map_or_else(|| self.table.keys().count(), |s| s.live)
+    }
+}
+
 impl Datapath {
     /// All tracked flows, in no order.
     ///
@@ -47,9 +66,9 @@ impl Datapath {
     /// When the table cannot be read.
     pub fn conntrack(&self) -> Result<Vec<Flow>> {
         let now = monotonic_ns();
-        let maps = self.maps();
+        let tracked = lock(&self.flows);
         let mut flows = Vec::new();
-        for entry in maps.conntrack.iter() {
+        for entry in tracked.table.iter() {
             let (key, value) = entry.map_err(|e| Error::map("CONNTRACK", e))?;
             flows.push(describe(&key, &value, now));
         }
@@ -62,10 +81,10 @@ impl Datapath {
     /// When the table cannot be read or written.
     pub fn sweep_conntrack(&self) -> Result<SweepReport> {
         let now = monotonic_ns();
-        let mut maps = self.maps();
+        let mut tracked = lock(&self.flows);
         let mut over = Vec::new();
         let mut report = SweepReport::default();
-        for entry in maps.conntrack.iter() {
+        for entry in tracked.table.iter() {
             let (key, value) = entry.map_err(|e| Error::map("CONNTRACK", e))?;
             if track::is_over(&value, now) {
                 over.push(key);
@@ -74,10 +93,10 @@ impl Datapath {
             }
         }
         for key in over {
-            ignore_missing(maps.conntrack.remove(&key), "CONNTRACK")?;
+            ignore_missing(tracked.table.remove(&key), "CONNTRACK")?;
             report.removed += 1;
         }
-        maps.swept = Some(report);
+        tracked.swept = Some(report);
         Ok(report)
     }
 }

@@ -23,11 +23,10 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
     programs::SchedClassifier,
 };
-use ipnet::IpNet;
-use podway_abi::{ABI_VERSION, Addr, Counter as AbiCounter, CtEntry, CtKey, Hook, Mac, Source};
+use podway_abi::{ABI_VERSION, Addr, Counter as AbiCounter, Hook, Mac, Source};
 
 pub use attach::AttachMethod;
 pub use error::{Error, Result};
@@ -83,22 +82,18 @@ pub struct Datapath {
     pin_dir: PathBuf,
     method: AttachMethod,
     ebpf: Mutex<Ebpf>,
-    maps: Mutex<Maps>,
+    // A lock for each group of tables: a sweep of a large connection table must not hold up a pod.
+    config: Mutex<Array<MapData, podway_abi::NodeConfig>>,
+    pods: Mutex<Pods>,
+    peers: Mutex<peers::Peers>,
+    flows: Mutex<flows::Flows>,
+    counters: PerCpuArray<MapData, AbiCounter>,
 }
 
-/// The maps that user space reads and writes.
-struct Maps {
-    config: Array<MapData, podway_abi::NodeConfig>,
+/// The tables of this node's pods.
+struct Pods {
     endpoints: HashMap<MapData, Addr, podway_abi::Endpoint>,
     sources: HashMap<MapData, u32, Source>,
-    peers: HashMap<MapData, Addr, podway_abi::Peer>,
-    prefixes: LpmTrie<MapData, Addr, podway_abi::Peer>,
-    conntrack: HashMap<MapData, CtKey, CtEntry>,
-    counters: PerCpuArray<MapData, AbiCounter>,
-    /// What `peers` and `prefixes` hold, once it has been read.
-    known_peers: Option<BTreeMap<IpNet, Peer>>,
-    /// Entries of the connection table at the last sweep.
-    swept: Option<SweepReport>,
 }
 
 impl Datapath {
@@ -131,18 +126,20 @@ impl Datapath {
         for hook in Hook::ALL {
             program(&mut ebpf, hook)?.load().map_err(|source| Error::load(hook.name(), source))?;
         }
-        let maps = Maps {
-            config: Array::try_from(take(&mut ebpf, "CONFIG")?)?,
+        let pods = Pods {
             endpoints: HashMap::try_from(take(&mut ebpf, "ENDPOINTS")?)?,
             sources: HashMap::try_from(take(&mut ebpf, "SOURCES")?)?,
-            peers: HashMap::try_from(take(&mut ebpf, "PEERS")?)?,
-            prefixes: LpmTrie::try_from(take(&mut ebpf, "PREFIXES")?)?,
-            conntrack: HashMap::try_from(take(&mut ebpf, "CONNTRACK")?)?,
-            counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?,
-            known_peers: None,
-            swept: None,
         };
-        Ok(Self { pin_dir: pin_dir.to_owned(), method, ebpf: Mutex::new(ebpf), maps: Mutex::new(maps) })
+        Ok(Self {
+            pin_dir: pin_dir.to_owned(),
+            method,
+            config: Mutex::new(Array::try_from(take(&mut ebpf, "CONFIG")?)?),
+            pods: Mutex::new(pods),
+            peers: Mutex::new(peers::Peers::new(take(&mut ebpf, "PEERS")?, take(&mut ebpf, "PREFIXES")?)?),
+            flows: Mutex::new(flows::Flows::new(take(&mut ebpf, "CONNTRACK")?)?),
+            counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?,
+            ebpf: Mutex::new(ebpf),
+        })
     }
 
     /// Removes every program, link and map pinned under `pin_dir` and returns what was removed. Traffic of
@@ -152,6 +149,12 @@ impl Datapath {
     /// The first path that cannot be removed; what comes after it is still attempted.
     pub fn remove_all(pin_dir: &Path) -> Result<Vec<String>> {
         bpffs::remove_tree(pin_dir)
+    }
+
+    /// Takes this datapath's filters off a device of the node without loading anything: for what the removal of
+    /// pins does not reach on kernels without TCX.
+    pub fn remove_filters(ifindex: u32) {
+        attach::remove_filters(ifindex);
     }
 
     /// Writes the node's configuration.
@@ -171,7 +174,7 @@ impl Datapath {
             }
             Mode::Direct => abi.mode = podway_abi::mode::DIRECT,
         }
-        self.maps().config.set(0, abi, 0).map_err(|e| Error::map("CONFIG", e))
+        lock(&self.config).set(0, abi, 0).map_err(|e| Error::map("CONFIG", e))
     }
 
     /// Makes a pod known: from now on its packets are accepted and packets for it delivered.
@@ -181,9 +184,9 @@ impl Datapath {
     /// full.
     pub fn set_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
         let source = source_of(endpoint)?;
-        let mut maps = self.maps();
-        let stale = maps.sources.get(&endpoint.ifindex, 0).ok();
-        maps.sources.insert(endpoint.ifindex, source, 0).map_err(|e| Error::map("SOURCES", e))?;
+        let mut pods = lock(&self.pods);
+        let stale = pods.sources.get(&endpoint.ifindex, 0).ok();
+        pods.sources.insert(endpoint.ifindex, source, 0).map_err(|e| Error::map("SOURCES", e))?;
         let value = podway_abi::Endpoint {
             ifindex: endpoint.ifindex,
             id: endpoint.id,
@@ -191,12 +194,12 @@ impl Datapath {
             host_mac: endpoint.host_mac,
         };
         for ip in &endpoint.addresses {
-            maps.endpoints.insert(Addr::from(*ip), value, 0).map_err(|e| Error::map("ENDPOINTS", e))?;
+            pods.endpoints.insert(Addr::from(*ip), value, 0).map_err(|e| Error::map("ENDPOINTS", e))?;
         }
         if let Some(old) = stale {
             for addr in [old.v4, old.v6] {
                 if addr != source.v4 && addr != source.v6 {
-                    maps.forget_address(&addr, endpoint.ifindex)?;
+                    pods.forget_address(&addr, endpoint.ifindex)?;
                 }
             }
         }
@@ -208,12 +211,12 @@ impl Datapath {
     /// # Errors
     /// When the kernel refuses the map update.
     pub fn remove_endpoint(&self, ifindex: u32) -> Result<()> {
-        let mut maps = self.maps();
-        let Ok(source) = maps.sources.get(&ifindex, 0) else { return Ok(()) };
+        let mut pods = lock(&self.pods);
+        let Ok(source) = pods.sources.get(&ifindex, 0) else { return Ok(()) };
         for addr in [source.v4, source.v6] {
-            maps.forget_address(&addr, ifindex)?;
+            pods.forget_address(&addr, ifindex)?;
         }
-        ignore_missing(maps.sources.remove(&ifindex), "SOURCES")
+        ignore_missing(pods.sources.remove(&ifindex), "SOURCES")
     }
 
     /// The pods that the datapath knows.
@@ -221,14 +224,14 @@ impl Datapath {
     /// # Errors
     /// When a map cannot be read.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>> {
-        let maps = self.maps();
+        let pods = lock(&self.pods);
         let mut host_macs = BTreeMap::new();
-        for entry in maps.endpoints.iter() {
+        for entry in pods.endpoints.iter() {
             let (_, endpoint) = entry.map_err(|e| Error::map("ENDPOINTS", e))?;
             host_macs.insert(endpoint.ifindex, endpoint.host_mac);
         }
         let mut all = Vec::new();
-        for entry in maps.sources.iter() {
+        for entry in pods.sources.iter() {
             let (ifindex, source) = entry.map_err(|e| Error::map("SOURCES", e))?;
             let addresses = [source.v4, source.v6].into_iter().filter(|a| *a != Addr::UNSPECIFIED);
             all.push(Endpoint {
@@ -243,17 +246,12 @@ impl Datapath {
         Ok(all)
     }
 
-    fn maps(&self) -> MutexGuard<'_, Maps> {
-        // A panic elsewhere cannot leave a map half-written: each update is one system call.
-        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn ebpf(&self) -> MutexGuard<'_, Ebpf> {
-        self.ebpf.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.ebpf)
     }
 }
 
-impl Maps {
+impl Pods {
     /// Removes an address from the endpoint table if it still belongs to `ifindex`.
     fn forget_address(&mut self, addr: &Addr, ifindex: u32) -> Result<()> {
         if *addr == Addr::UNSPECIFIED {
@@ -285,6 +283,11 @@ fn source_of(endpoint: &Endpoint) -> Result<Source> {
         return Err(Error::BadEndpoint { ifindex: endpoint.ifindex, cause: "has no address".to_owned() });
     }
     Ok(source)
+}
+
+/// Takes a lock. A panic elsewhere cannot leave a table half-written: each update is one system call.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) fn ignore_missing(

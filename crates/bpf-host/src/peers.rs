@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use aya::maps::lpm_trie::Key;
+use aya::maps::{HashMap, LpmTrie, Map, MapData, lpm_trie::Key};
 use ipnet::IpNet;
 use podway_abi::{Addr, peer_flags};
 
-use crate::{Datapath, Error, Maps, Result, ignore_missing};
+use crate::{Datapath, Error, Result, ignore_missing, lock};
 
 /// Where an address or range of the cluster is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,14 @@ pub struct SyncReport {
     pub removed: usize,
 }
 
+/// The peer tables.
+pub(crate) struct Peers {
+    hosts: HashMap<MapData, Addr, podway_abi::Peer>,
+    prefixes: LpmTrie<MapData, Addr, podway_abi::Peer>,
+    /// What the two hold, once it has been read.
+    known: Option<BTreeMap<IpNet, Peer>>,
+}
+
 impl Datapath {
     /// Makes the peer tables hold exactly `wanted`. Only the difference is written: new and changed entries
     /// first, so that no address is without an entry in between.
@@ -53,13 +61,13 @@ impl Datapath {
                 });
             }
         }
-        let mut maps = self.maps();
-        let mut known = match maps.known_peers.take() {
+        let mut peers = lock(&self.peers);
+        let mut known = match peers.known.take() {
             Some(known) => known,
-            None => maps.read_peers()?,
+            None => peers.read()?,
         };
-        let result = maps.write_difference(&mut known, wanted);
-        maps.known_peers = Some(known);
+        let result = peers.write_difference(&mut known, wanted);
+        peers.known = Some(known);
         result
     }
 
@@ -68,14 +76,29 @@ impl Datapath {
     /// # Errors
     /// When a map cannot be read.
     pub fn peers(&self) -> Result<BTreeMap<IpNet, Peer>> {
-        self.maps().read_peers()
+        lock(&self.peers).read()
     }
 }
 
-impl Maps {
-    fn read_peers(&self) -> Result<BTreeMap<IpNet, Peer>> {
+impl Peers {
+    pub(crate) fn new(hosts: Map, prefixes: Map) -> Result<Self> {
+        Ok(Self { hosts: HashMap::try_from(hosts)?, prefixes: LpmTrie::try_from(prefixes)?, known: None })
+    }
+
+    /// Entries for single addresses, and for prefixes.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        match &self.known {
+            Some(known) => {
+                let single = known.keys().filter(|p| p.prefix_len() == p.max_prefix_len()).count();
+                (single, known.len() - single)
+            }
+            None => (self.hosts.keys().count(), self.prefixes.keys().count()),
+        }
+    }
+
+    fn read(&self) -> Result<BTreeMap<IpNet, Peer>> {
         let mut all = BTreeMap::new();
-        for entry in self.peers.iter() {
+        for entry in self.hosts.iter() {
             let (addr, peer) = entry.map_err(|e| Error::map("PEERS", e))?;
             all.insert(IpNet::from(IpAddr::from(addr)), from_abi(&peer));
         }
@@ -118,7 +141,7 @@ impl Maps {
         let value = to_abi(peer);
         let addr = Addr::from(prefix.addr());
         if prefix.prefix_len() == prefix.max_prefix_len() {
-            self.peers.insert(addr, value, 0).map_err(|e| Error::map("PEERS", e))
+            self.hosts.insert(addr, value, 0).map_err(|e| Error::map("PEERS", e))
         } else {
             let key = Key::new(addr.prefix_len(prefix.prefix_len()), addr);
             self.prefixes.insert(&key, value, 0).map_err(|e| Error::map("PREFIXES", e))
@@ -128,7 +151,7 @@ impl Maps {
     fn remove_peer(&mut self, prefix: &IpNet) -> Result<()> {
         let addr = Addr::from(prefix.addr());
         if prefix.prefix_len() == prefix.max_prefix_len() {
-            ignore_missing(self.peers.remove(&addr), "PEERS")
+            ignore_missing(self.hosts.remove(&addr), "PEERS")
         } else {
             let key = Key::new(addr.prefix_len(prefix.prefix_len()), addr);
             ignore_missing(self.prefixes.remove(&key), "PREFIXES")

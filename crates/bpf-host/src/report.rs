@@ -5,7 +5,7 @@ use std::time::Duration;
 use aya::programs::{TestRun as _, TestRunOptions};
 use podway_abi::{Hook, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, Reason, counter_index};
 
-use crate::{Datapath, Error, Result, program};
+use crate::{Datapath, Error, Result, lock, program};
 
 /// Packets that ended with one reason at one hook, over all CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,11 +61,10 @@ impl Datapath {
     /// # Errors
     /// When the table cannot be read.
     pub fn counters(&self) -> Result<Vec<Counter>> {
-        let maps = self.maps();
         let mut all = Vec::new();
         for hook in Hook::ALL {
             for reason in Reason::ALL {
-                let per_cpu = maps
+                let per_cpu = self
                     .counters
                     .get(&counter_index(hook, *reason), 0)
                     .map_err(|e| Error::map("COUNTERS", e))?;
@@ -90,24 +89,21 @@ impl Datapath {
     /// # Errors
     /// When a table cannot be read.
     pub fn map_fill(&self) -> Result<Vec<MapFill>> {
-        let maps = self.maps();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let (peers, prefixes) = match &maps.known_peers {
-            Some(known) => {
-                let single = known.keys().filter(|p| p.prefix_len() == p.max_prefix_len()).count();
-                (single, known.len() - single)
-            }
-            None => (maps.peers.keys().count(), maps.prefixes.keys().count()),
+        let (endpoints, sources) = {
+            let pods = lock(&self.pods);
+            (pods.endpoints.keys().count(), pods.sources.keys().count())
         };
-        let flows = maps.swept.map_or_else(|| maps.conntrack.keys().count(), |s| s.live);
+        let (peers, prefixes) = lock(&self.peers).count();
+        let flows = lock(&self.flows).count();
         let fill = |name, entries: usize, max: u32| MapFill {
             name,
             entries: count(entries),
             max_entries: max.into(),
         };
         Ok(vec![
-            fill("endpoints", maps.endpoints.keys().count(), MAX_ENDPOINTS),
-            fill("sources", maps.sources.keys().count(), MAX_ENDPOINTS),
+            fill("endpoints", endpoints, MAX_ENDPOINTS),
+            fill("sources", sources, MAX_ENDPOINTS),
             fill("peers", peers, MAX_PEERS),
             fill("prefixes", prefixes, MAX_PREFIXES),
             fill("conntrack", flows, MAX_CONNTRACK),

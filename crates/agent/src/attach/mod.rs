@@ -96,7 +96,7 @@ impl Attacher {
         leases: Leases,
         observer: Box<dyn Observer>,
     ) -> std::io::Result<Self> {
-        let reaper = Reaper::start(Arc::clone(&datapath))?;
+        let reaper = Reaper::start()?;
         Ok(Self {
             datapath,
             leases: Mutex::new(leases),
@@ -144,8 +144,6 @@ impl Attacher {
                 leases.release(id, now_ms());
             }
         }
-        let pins: BTreeSet<u32> = self.datapath.attached_pods()?.into_iter().collect();
-        let living: BTreeSet<u32> = plan.live.iter().map(|(l, _)| l.ifindex).collect();
         for (link, lease) in plan.live {
             let incomplete = plan.incomplete.contains(&lease.id);
             if let Err(error) = self.take_over(netlink, &link, &lease, incomplete) {
@@ -160,11 +158,6 @@ impl Attacher {
         for link in plan.doomed {
             debug!(attachment = %link.id, "removing a link that was left behind");
             self.reaper.reap(link.ifindex, link.id);
-        }
-        // Pins of devices that are gone: with the namespace of a pod, for example.
-        let present: BTreeSet<u32> = netlink.links()?.into_iter().map(|l| l.index).collect();
-        for ifindex in pins.into_iter().filter(|i| !living.contains(i) && !present.contains(i)) {
-            self.datapath.detach_pod(ifindex)?;
         }
         Ok(())
     }
@@ -254,7 +247,6 @@ impl Attacher {
             }
             debug!(attachment = %id, "its link is gone");
             self.datapath.remove_endpoint(ifindex)?;
-            self.datapath.detach_pod(ifindex)?;
             if let Some(attached) = lock(&self.attached).get_mut(&id) {
                 attached.ifindex = 0;
             }

@@ -8,7 +8,6 @@ use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use podway_bpf_host::Datapath;
 use podway_link::Netlink;
 use tracing::warn;
 
@@ -33,7 +32,6 @@ struct Dead {
 pub struct Reaper {
     queue: Mutex<SyncSender<Dead>>,
     waiting: Arc<AtomicUsize>,
-    datapath: Arc<Datapath>,
 }
 
 impl Reaper {
@@ -41,17 +39,17 @@ impl Reaper {
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn start(datapath: Arc<Datapath>) -> std::io::Result<Self> {
+    pub fn start() -> std::io::Result<Self> {
         let (queue, dead) = mpsc::sync_channel::<Dead>(QUEUE);
         let waiting = Arc::new(AtomicUsize::new(0));
-        let (counter, plane) = (Arc::clone(&waiting), Arc::clone(&datapath));
+        let counter = Arc::clone(&waiting);
         std::thread::Builder::new().name("podway-reaper".into()).stack_size(256 << 10).spawn(move || {
             for one in dead {
-                delete(&plane, &one);
+                delete(&one);
                 counter.fetch_sub(1, Ordering::SeqCst);
             }
         })?;
-        Ok(Self { queue: Mutex::new(queue), waiting, datapath })
+        Ok(Self { queue: Mutex::new(queue), waiting })
     }
 
     /// Queues a link for deletion.
@@ -59,7 +57,7 @@ impl Reaper {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let sent = lock(&self.queue).try_send(Dead { ifindex, id });
         if let Err(TrySendError::Full(dead) | TrySendError::Disconnected(dead)) = sent {
-            delete(&self.datapath, &dead);
+            delete(&dead);
             self.waiting.fetch_sub(1, Ordering::SeqCst);
         }
     }
@@ -78,9 +76,9 @@ impl Reaper {
     }
 }
 
-fn delete(datapath: &Datapath, dead: &Dead) {
+fn delete(dead: &Dead) {
     for attempt in 1..=ATTEMPTS {
-        match delete_once(datapath, dead) {
+        match delete_once(dead) {
             Ok(()) => return,
             Err(error) if attempt == ATTEMPTS => {
                 warn!(attachment = %dead.id, ifindex = dead.ifindex, %error,
@@ -91,9 +89,7 @@ fn delete(datapath: &Datapath, dead: &Dead) {
     }
 }
 
-fn delete_once(datapath: &Datapath, dead: &Dead) -> Result<(), AttachError> {
-    datapath.detach_pod(dead.ifindex)?;
-    crash::point("del.detached");
+fn delete_once(dead: &Dead) -> Result<(), AttachError> {
     let mut netlink = Netlink::open()?;
     // The index may be another link's by now, if the pod's namespace went away first.
     if let Some(link) = netlink.link_by_index(dead.ifindex)?

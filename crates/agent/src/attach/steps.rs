@@ -74,7 +74,6 @@ pub(super) fn create_link(
         return Err(AttachError::InTheWay(format!("link {} exists and is not Podway's: {error}", spec.name)));
     }
     datapath.remove_endpoint(other.index)?;
-    datapath.detach_pod(other.index)?;
     netlink.delete_link(other.index)?;
     Ok(netlink.create_veth(&spec)?)
 }
