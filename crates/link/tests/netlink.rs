@@ -332,6 +332,42 @@ fn routes_are_replaced_listed_looked_up_and_deleted() {
 }
 
 #[test]
+fn unreachable_routes_refuse_what_has_no_better_route() {
+    if !root() {
+        return;
+    }
+    let node = Namespace::new("unreachable");
+    let mut netlink = node.netlink();
+    let link = netlink.create_veth(&VethSpec { addr_gen_none: true, ..veth("a", "b") }).unwrap().index;
+    for (range, pod, nobody) in [
+        ("10.244.1.0/24", "10.244.1.7", "10.244.1.8"),
+        ("fd00:10:244:1::/64", "fd00:10:244:1::7", "fd00:10:244:1::8"),
+    ] {
+        let v4 = net(range).addr().is_ipv4();
+        netlink
+            .replace_route(&Route { scope_link: v4, ..route(if v4 { "0.0.0.0/0" } else { "::/0" }, link) })
+            .unwrap();
+        assert!(netlink.route_to(addr(nobody)).unwrap().is_some(), "the default route takes it");
+        for _ in 0..2 {
+            netlink.add_unreachable(net(range), ROUTE_PROTOCOL).unwrap();
+        }
+        netlink
+            .replace_route(&Route { scope_link: v4, ..route(&IpNet::from(addr(pod)).to_string(), link) })
+            .unwrap();
+        assert_eq!(netlink.route_to(addr(nobody)).unwrap(), None);
+        assert_eq!(netlink.route_to(addr(pod)).unwrap().unwrap().dev, link);
+        assert_eq!(netlink.unreachable_routes(ROUTE_PROTOCOL).unwrap(), [net(range)]);
+        assert_eq!(netlink.unreachable_routes(4).unwrap(), []);
+        let all = netlink.routes(RouteFilter::default()).unwrap();
+        assert!(!all.iter().any(|r| r.dst == net(range)), "it leads nowhere: {all:?}");
+        assert!(!netlink.delete_unreachable(net(range), 4).unwrap(), "somebody else's");
+        assert!(netlink.delete_unreachable(net(range), ROUTE_PROTOCOL).unwrap());
+        assert!(!netlink.delete_unreachable(net(range), ROUTE_PROTOCOL).unwrap());
+        assert!(netlink.route_to(addr(nobody)).unwrap().is_some());
+    }
+}
+
+#[test]
 fn neighbours_are_permanent_and_idempotent() {
     if !root() {
         return;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
@@ -120,32 +120,92 @@ impl Netlink {
             if filter.ipv6.is_some_and(|only| only != ipv6) {
                 continue;
             }
-            let mut message = RouteMessage::default();
-            message.header.address_family = family;
-            message.header.table = RouteHeader::RT_TABLE_MAIN;
-            message.header.kind = RouteType::Unicast;
-            message.header.protocol = filter.protocol.unwrap_or_default().into();
-            message.attributes.push(RouteAttribute::Table(RouteHeader::RT_TABLE_MAIN.into()));
-            if let Some(dev) = filter.dev {
-                message.attributes.push(RouteAttribute::Oif(dev));
-            }
-            let message = RouteNetlinkMessage::GetRoute(message);
-            let found = self.socket.dump("list", "routes", &message, |kind, payload| {
-                if kind == libc::RTM_NEWROUTE { Some(decode_routes(payload)) } else { None }
-            });
-            match found {
-                Ok(found) => routes.extend(found.into_iter().flatten().filter(|route| {
-                    filter.dev.is_none_or(|dev| dev == route.dev)
-                        && filter.protocol.is_none_or(|protocol| protocol == route.protocol)
-                })),
-                // No table yet: nothing was ever routed in this family; or no such family.
-                Err(e)
-                    if matches!(e.errno(), Some(Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP)) => {
-                }
-                Err(e) => return Err(e),
-            }
+            let protocol = filter.protocol.unwrap_or_default();
+            let found = self.dump_routes(family, RouteType::Unicast, protocol, filter.dev, decode_routes)?;
+            routes.extend(found.into_iter().filter(|route| {
+                filter.dev.is_none_or(|dev| dev == route.dev)
+                    && filter.protocol.is_none_or(|protocol| protocol == route.protocol)
+            }));
         }
         Ok(routes)
+    }
+
+    /// Adds the route that refuses a destination: whoever sends there gets an ICMP error at once. More specific
+    /// routes go before it. One that is there already is left alone.
+    ///
+    /// # Errors
+    /// When a route of another kind to the very same destination is there, or the process may not.
+    pub fn add_unreachable(&mut self, dst: IpNet, protocol: u8) -> Result<()> {
+        const OPERATION: &str = "add unreachable route";
+        let message = RouteNetlinkMessage::NewRoute(unreachable(dst, protocol));
+        match self.socket.request(OPERATION, &dst.to_string(), message, NLM_F_CREATE | NLM_F_EXCL) {
+            Err(e) if e.is_exists() && self.unreachable_routes(protocol)?.contains(&dst.trunc()) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Deletes what [`Self::add_unreachable`] made. Returns false when there is none.
+    ///
+    /// # Errors
+    /// When the process may not.
+    pub fn delete_unreachable(&mut self, dst: IpNet, protocol: u8) -> Result<bool> {
+        const OPERATION: &str = "delete unreachable route";
+        let mut message = unreachable(dst, protocol);
+        message.header.scope = RouteScope::NoWhere;
+        match self.socket.request(OPERATION, &dst.to_string(), RouteNetlinkMessage::DelRoute(message), 0) {
+            Ok(_) => Ok(true),
+            Err(e) if e.errno() == Some(Errno::ESRCH) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Destinations of the main table's unreachable routes of a protocol.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn unreachable_routes(&mut self, protocol: u8) -> Result<Vec<IpNet>> {
+        let mut found = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            found.extend(self.dump_routes(
+                family,
+                RouteType::Unreachable,
+                protocol,
+                None,
+                decode_unreachable,
+            )?);
+        }
+        found.retain(|(_, of)| *of == protocol);
+        Ok(found.into_iter().map(|(dst, _)| dst).collect())
+    }
+
+    /// The routes of one family and type in the main table. The kernel filters where it can.
+    fn dump_routes<T>(
+        &mut self,
+        family: AddressFamily,
+        kind: RouteType,
+        protocol: u8,
+        dev: Option<u32>,
+        decode: impl Fn(&[u8]) -> Vec<T>,
+    ) -> Result<Vec<T>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.kind = kind;
+        message.header.protocol = protocol.into();
+        message.attributes.push(RouteAttribute::Table(RouteHeader::RT_TABLE_MAIN.into()));
+        message.attributes.extend(dev.map(RouteAttribute::Oif));
+        let message = RouteNetlinkMessage::GetRoute(message);
+        let found = self.socket.dump("list", "routes", &message, |kind, payload| {
+            if kind == libc::RTM_NEWROUTE { Some(decode(payload)) } else { None }
+        });
+        match found {
+            Ok(found) => Ok(found.into_iter().flatten().collect()),
+            // No table yet: nothing was ever routed in this family; or no such family.
+            Err(e) if matches!(e.errno(), Some(Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP)) => {
+                Ok(Vec::new())
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// Asks the kernel how it would reach an address; none when it would not.
@@ -208,6 +268,18 @@ fn message(operation: &'static str, route: &Route) -> Result<RouteMessage> {
     Ok(message)
 }
 
+/// No link, and scope universe, as the kernel wants it of a route that leads nowhere.
+fn unreachable(dst: IpNet, protocol: u8) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(dst.addr());
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.kind = RouteType::Unreachable;
+    message.header.protocol = RouteProtocol::from(protocol);
+    message.header.destination_prefix_length = dst.prefix_len();
+    message.attributes.push(RouteAttribute::Destination(dst.network().into()));
+    message
+}
+
 fn object(route: &Route) -> String {
     match route.via {
         Some(via) => format!("{} via {via} dev {}", route.dst, route.dev),
@@ -230,6 +302,17 @@ struct Decoded<'a> {
     dev: Option<u32>,
     mtu: Option<u32>,
     hops: &'a [u8],
+}
+
+impl Decoded<'_> {
+    fn destination(&self) -> Option<IpNet> {
+        let any: IpAddr = match i32::from(self.family) {
+            libc::AF_INET => std::net::Ipv4Addr::UNSPECIFIED.into(),
+            libc::AF_INET6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
+            _ => return None,
+        };
+        IpNet::new(self.dst.unwrap_or(any), self.dst_len).ok()
+    }
 }
 
 fn decode(payload: &[u8]) -> Option<Decoded<'_>> {
@@ -276,12 +359,7 @@ pub(crate) fn decode_routes(payload: &[u8]) -> Vec<Route> {
     if route.table != u32::from(libc::RT_TABLE_MAIN) || route.kind != libc::RTN_UNICAST || cloned {
         return Vec::new();
     }
-    let any: IpAddr = match i32::from(route.family) {
-        libc::AF_INET => std::net::Ipv4Addr::UNSPECIFIED.into(),
-        libc::AF_INET6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
-        _ => return Vec::new(),
-    };
-    let Ok(dst) = IpNet::new(route.dst.unwrap_or(any), route.dst_len) else { return Vec::new() };
+    let Some(dst) = route.destination() else { return Vec::new() };
     let one = |dev: u32, via: Option<IpAddr>, flags: u32| Route {
         dst,
         via,
@@ -296,6 +374,13 @@ pub(crate) fn decode_routes(payload: &[u8]) -> Vec<Route> {
         Some(dev) if route.hops.is_empty() => vec![one(dev, route.via, route.flags)],
         _ => next_hops(route.hops).map(|(dev, via, flags)| one(dev, via, flags)).collect(),
     }
+}
+
+/// Destination and protocol of an unreachable route of the main table.
+fn decode_unreachable(payload: &[u8]) -> Vec<(IpNet, u8)> {
+    let route = decode(payload)
+        .filter(|r| r.table == u32::from(libc::RT_TABLE_MAIN) && r.kind == libc::RTN_UNREACHABLE);
+    route.and_then(|r| Some((r.destination()?, r.protocol))).into_iter().collect()
 }
 
 /// The `struct rtnexthop`s of RTA_MULTIPATH: link, gateway, flags.
