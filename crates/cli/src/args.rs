@@ -44,6 +44,15 @@ pub(crate) enum Lab {
     ///
     /// Giving the same command again updates the objects of the running lab.
     Up(Up),
+    /// Create the objects of manifests in a running lab, or make them what the manifests say now
+    ///
+    /// Takes effect at once and does not wait for pods: podway lab status shows how far they are. Exits with 1 when
+    /// an object was left out.
+    Apply(Manifests),
+    /// Delete the objects of manifests from a running lab
+    ///
+    /// Objects that are not there are no mistake. Pods end in their own time (terminationGracePeriodSeconds).
+    Delete(Manifests),
     /// Show nodes, pods and what is not ready
     Status(Show),
     /// List the labs of this machine
@@ -83,6 +92,15 @@ pub(crate) struct Format {
     /// How to print
     #[arg(short, long, value_enum, default_value = "text")]
     pub(crate) output: OutputFormat,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Manifests {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Manifest files and folders
+    #[arg(short, long = "filename", required = true, num_args = 1.., value_name = "FILE|DIR")]
+    pub(crate) filenames: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]

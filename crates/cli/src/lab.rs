@@ -1,5 +1,7 @@
 //! `podway lab …`.
 
+mod objects;
+
 use anyhow::{Context as _, bail};
 use podway_lab::check;
 use podway_lab::client::Client;
@@ -19,6 +21,8 @@ use crate::{FAILED, OK};
 pub(crate) fn run(command: Lab) -> anyhow::Result<u8> {
     match command {
         Lab::Up(args) => up(&args),
+        Lab::Apply(args) => objects::apply(&args),
+        Lab::Delete(args) => objects::delete(&args),
         Lab::Status(args) => status(&args),
         Lab::List(args) => list(&args),
         Lab::Exec(args) => pod_exec(args),

@@ -1,7 +1,7 @@
 //! Manifests into a running lab, through its API: namespaces first, then custom kinds, then the rest in order.
 //!
 //! An object that is there already is replaced, as `kubectl replace` does, so that the same folder can be given
-//! again after a change.
+//! again after a change. The other way round, [`delete`] takes the objects of manifests out again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -58,6 +58,64 @@ pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Ap
             .push(format!("{count} objects are in more than one document, the last one counts: {first}, …"));
     }
     Ok(work.out)
+}
+
+/// What came of a deletion.
+#[derive(Debug, Default)]
+pub struct Deleted {
+    /// Objects that are deleted, or on their way out: pods end in their own time.
+    pub deleted: Vec<String>,
+    /// Objects that were not there.
+    pub absent: Vec<String>,
+    /// Objects that the server refused to delete, and those that have no name to delete them by.
+    pub problems: Vec<Problem>,
+}
+
+/// Deletes the objects, last things first: namespaces and definitions of custom kinds go after what is in them.
+///
+/// # Errors
+/// When the server cannot be reached. A refused object is a problem in the result, and the rest goes on.
+pub async fn delete(client: &mut Client, objects: &[Object]) -> anyhow::Result<Deleted> {
+    let mut work =
+        Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
+    let mut out = Deleted::default();
+    let mut seen = BTreeSet::new();
+    for object in in_order(objects).into_iter().rev() {
+        let name = object.display_name();
+        if !seen.insert((object.group(), object.kind(), object.namespace(), object.name())) {
+            continue;
+        }
+        let mut problem = |cause: String| {
+            let (origin, object) = (object.origin.clone(), Some(name.clone()));
+            out.problems.push(Problem { origin, object, cause });
+        };
+        if !object.value["metadata"]["name"].is_string() {
+            problem(
+                "metadata.name: missing; what has a generateName has to be deleted by its full name".into(),
+            );
+            continue;
+        }
+        // A kind that nobody has defined has no objects.
+        let Some(resource) = work.known(object).await? else {
+            out.absent.push(name);
+            continue;
+        };
+        let mut path = prefix(object.api_version());
+        if resource.namespaced {
+            path.push_str(&format!("/namespaces/{}", object.namespace().unwrap_or("default")));
+        }
+        path.push_str(&format!("/{}/{}", resource.plural, object.name()));
+        let answer = work.client.call(Method::DELETE, &path, None).await?;
+        match answer.code {
+            StatusCode::NOT_FOUND => out.absent.push(name),
+            code if code.is_success() => out.deleted.push(name),
+            _ => {
+                let message = answer.body["message"].as_str().unwrap_or("refused without a message");
+                problem(format!("refused by the API server: {message}"));
+            }
+        }
+    }
+    Ok(out)
 }
 
 /// Namespaces, then definitions of custom kinds, then everything else; each in the order of the files.
@@ -157,12 +215,7 @@ impl Work<'_> {
 
     /// The resource of an object's kind. A kind that nobody has defined is defined here.
     async fn resource(&mut self, object: &Object) -> anyhow::Result<Result<Resource, String>> {
-        let key = (object.api_version().to_owned(), object.kind().to_owned());
-        if let Some(known) = self.kinds.get(&key) {
-            return Ok(Ok(known.clone()));
-        }
-        if let Some(found) = self.discover(object).await? {
-            self.kinds.insert(key, found.clone());
+        if let Some(found) = self.known(object).await? {
             return Ok(Ok(found));
         }
         // In a group of Kubernetes' own, a kind that is missing is a mistake or an old version.
@@ -199,8 +252,21 @@ impl Work<'_> {
             object.kind(),
             object.api_version()
         ));
-        self.kinds.insert(key, resource.clone());
+        self.kinds.insert((object.api_version().to_owned(), object.kind().to_owned()), resource.clone());
         Ok(Ok(resource))
+    }
+
+    /// The resource of an object's kind, when the server has one.
+    async fn known(&mut self, object: &Object) -> anyhow::Result<Option<Resource>> {
+        let key = (object.api_version().to_owned(), object.kind().to_owned());
+        if let Some(known) = self.kinds.get(&key) {
+            return Ok(Some(known.clone()));
+        }
+        let found = self.discover(object).await?;
+        if let Some(found) = &found {
+            self.kinds.insert(key, found.clone());
+        }
+        Ok(found)
     }
 
     /// A group that is served although no definition of a custom kind is in it. One without a dot can be nobody

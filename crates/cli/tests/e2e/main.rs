@@ -11,5 +11,6 @@
 mod attachments;
 mod faults;
 mod lab;
+mod live;
 mod paths;
 mod projects;
