@@ -114,6 +114,18 @@ fn kernel(report: &mut CleanupReport) {
             Err(error) => report.failed(&what, error),
         }
     }
+    let unreachable = netlink.unreachable_routes(ROUTE_PROTOCOL).unwrap_or_else(|error| {
+        report.failed("unreachable routes", error);
+        Vec::new()
+    });
+    for dst in unreachable {
+        let what = format!("unreachable route {dst}");
+        match netlink.delete_unreachable(dst, ROUTE_PROTOCOL) {
+            Ok(true) => report.done(what),
+            Ok(false) => {}
+            Err(error) => report.failed(&what, error),
+        }
+    }
     let gateway = IpNet::from(std::net::IpAddr::V4(GATEWAY_V4));
     match netlink.delete_address(1, gateway) {
         Ok(true) => report.done(format_args!("address {gateway} on lo")),

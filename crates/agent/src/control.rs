@@ -303,6 +303,11 @@ impl Control {
             Ok((pods, _)) => info!(mtu, pods, "the pods have a new MTU"),
             Err(error) => warn!(%error, mtu, "cannot set the MTU of the pods"),
         }
+        match self.parts.attacher.follow_node(local.addresses) {
+            Ok(0) => {}
+            Ok(routes) => info!(routes, "routes to the pods of this node"),
+            Err(error) => warn!(%error, "cannot look at the routes to the pods of this node"),
+        }
         self.warn_of_mtu(&local);
         let text = format!("pod MTU {mtu}, {} with MTU {}", local.uplink.name, local.uplink.mtu);
         if self.parts.status.set("network", true, text) {

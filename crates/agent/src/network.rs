@@ -6,13 +6,15 @@
 //! and alias (the tunnel device), by route protocol (routes) and by alias (pod links).
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use podway_link::{AddressFlags, Link, Netlink, ROUTE_PROTOCOL, Route, RouteFilter, VxlanSpec, sysctl};
+use podway_link::{
+    Address, AddressFlags, Link, Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter, VxlanSpec, sysctl,
+};
 use tracing::{info, warn};
 
-use crate::config::{GATEWAY_V4, NetworkMode, TUNNEL_DEVICE};
+use crate::config::{GATEWAY_V4, GATEWAY_V6, NetworkMode, TUNNEL_DEVICE};
 use crate::ids::AttachmentId;
 use crate::mtu::{self, PodMtu};
 use crate::nodes::{OwnNode, View, WantedRoute};
@@ -65,6 +67,38 @@ pub struct Local {
     pub tunnel: Option<u32>,
     /// The MTU in force.
     pub mtu: PodMtu,
+    /// Where the node's own connections to pods come from.
+    pub addresses: NodeAddresses,
+}
+
+/// The node's InternalIPs, as far as they are on this machine: the first of each family.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NodeAddresses {
+    /// The IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// The IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl NodeAddresses {
+    /// The kernel refuses a route whose source is not an address of its own, or is not proven to be unique yet.
+    fn choose(internal_ips: &[IpAddr], present: &[Address]) -> Self {
+        let usable = |ip: &&IpAddr| present.iter().any(|a| a.addr == **ip && !a.tentative);
+        let mut chosen = Self::default();
+        for ip in internal_ips.iter().filter(usable) {
+            match ip {
+                IpAddr::V4(ip) => chosen.v4 = chosen.v4.or(Some(*ip)),
+                IpAddr::V6(ip) => chosen.v6 = chosen.v6.or(Some(*ip)),
+            }
+        }
+        chosen
+    }
+
+    /// The one of the same family as another address.
+    #[must_use]
+    pub fn of_family(self, other: IpAddr) -> Option<IpAddr> {
+        if other.is_ipv4() { self.v4.map(IpAddr::V4) } else { self.v6.map(IpAddr::V6) }
+    }
 }
 
 /// What a synchronisation of routes did.
@@ -100,7 +134,9 @@ impl Network {
     /// # Errors
     /// The Node's address is on no device, the underlay is too narrow, or the kernel refuses.
     pub fn ensure_local(&mut self, own: &OwnNode) -> Result<Local, NetworkError> {
-        let uplink = self.uplink(own)?;
+        let present = self.netlink.addresses()?;
+        let addresses = NodeAddresses::choose(&own.internal_ips, &present);
+        let uplink = self.uplink(own, &present)?;
         let pods_v6 = own.pod_cidrs.iter().any(|c| matches!(c, IpNet::V6(_)));
         let pods_v4 = own.pod_cidrs.iter().any(|c| matches!(c, IpNet::V4(_)));
         let mtu = mtu::decide(
@@ -125,13 +161,12 @@ impl Network {
                 None
             }
         };
-        Ok(Local { uplink, tunnel, mtu })
+        Ok(Local { uplink, tunnel, mtu, addresses })
     }
 
     /// The device that holds the Node's address; when that is the loopback (addresses announced by a routing
     /// protocol), the one with the default route.
-    fn uplink(&mut self, own: &OwnNode) -> Result<Uplink, NetworkError> {
-        let addresses = self.netlink.addresses()?;
+    fn uplink(&mut self, own: &OwnNode, addresses: &[Address]) -> Result<Uplink, NetworkError> {
         let Some(holder) = addresses.iter().find(|a| a.addr == own.underlay) else {
             return Err(NetworkError::NoUplink(format!(
                 "address {} of Node {:?} is on no interface of this machine; check the Node's InternalIP and \
@@ -212,7 +247,9 @@ impl Network {
         Ok(())
     }
 
-    /// Makes the routes to other nodes' pods what the view says. One that cannot be made costs itself only.
+    /// Makes the routes to other nodes' pods what the view says, and those of this node's own podCIDRs
+    /// unreachable but for the addresses that a pod has, whose routes are more specific: what is for nobody must
+    /// not follow the default route. One that cannot be made costs itself only.
     ///
     /// # Errors
     /// The kernel does not tell which routes there are.
@@ -265,7 +302,24 @@ impl Network {
                 report.removed += 1;
             }
         }
+        self.sync_unreachable(&view.own.pod_cidrs, &mut report)?;
         Ok(report)
+    }
+
+    fn sync_unreachable(&mut self, cidrs: &[IpNet], report: &mut RouteReport) -> Result<(), NetworkError> {
+        let present = self.netlink.unreachable_routes(ROUTE_PROTOCOL)?;
+        for cidr in cidrs.iter().filter(|c| !present.contains(c)) {
+            match self.netlink.add_unreachable(*cidr, ROUTE_PROTOCOL) {
+                Ok(()) => report.written += 1,
+                Err(why) => {
+                    report.failed.insert(*cidr, why.to_string());
+                }
+            }
+        }
+        for stale in present.into_iter().filter(|p| !cidrs.contains(p)) {
+            report.removed += usize::from(self.netlink.delete_unreachable(stale, ROUTE_PROTOCOL)?);
+        }
+        Ok(())
     }
 
     fn add_route(&mut self, wanted: &WantedRoute, route: &Route) -> Result<(), String> {
@@ -286,7 +340,7 @@ impl Network {
         self.netlink.replace_route(route).map_err(|e| e.to_string())
     }
 
-    /// Gives both sides of every pod's link the MTU, where they have another. Returns the pods that were changed
+    /// Gives both sides of every pod's link, and the pod's routes, the MTU, where they have another. Returns the pods that were changed
     /// and those that could not be, with the reason.
     ///
     /// # Errors
@@ -294,35 +348,75 @@ impl Network {
     pub fn follow_mtu(&mut self, mtu: u32) -> Result<(usize, BTreeMap<AttachmentId, String>), NetworkError> {
         let mut changed = 0;
         let mut failed = BTreeMap::new();
+        let mut namespaces = None;
         for link in self.netlink.links()? {
             let Some((id, false)) = pod_link(&link) else { continue };
             if link.mtu == mtu {
                 continue;
             }
-            match set_pod_mtu(&mut self.netlink, &link, mtu) {
-                Ok(()) => changed += 1,
-                // The pod went away meanwhile.
-                Err(e) if e.is_not_found() => {}
-                Err(e) => {
-                    warn!(attachment = %id, mtu, error = %e, "cannot set the MTU of a pod");
-                    failed.insert(id, e.to_string());
-                }
-            }
+            // Finding them takes a look at every process, so once for all pods.
+            let namespaces = match &mut namespaces {
+                Some(found) => found,
+                empty => empty.insert(self.netlink.peer_namespaces()?),
+            };
+            let why = match link.peer_netnsid.and_then(|nsid| namespaces.get(&nsid)) {
+                None => "its namespace has neither a process nor a name under /run/netns".to_owned(),
+                Some(netns) => match set_pod_mtu(&mut self.netlink, &link, netns, mtu) {
+                    Ok(()) => {
+                        changed += 1;
+                        continue;
+                    }
+                    // The pod went away meanwhile.
+                    Err(e) if e.is_not_found() => continue,
+                    Err(e) => e.to_string(),
+                },
+            };
+            warn!(attachment = %id, mtu, why, "cannot set the MTU of a pod");
+            failed.insert(id, why);
         }
         Ok((changed, failed))
     }
 }
 
-/// Sets the MTU of both sides. The pod's side first: should this be interrupted, the host's side still has the
-/// old one and shows that there is something left to do.
+/// Sets the MTU of both sides and of the pod's default routes. The pod's part first: should this be interrupted,
+/// the host's side still has the old one and shows that there is something left to do.
 ///
 /// # Errors
 /// A side is gone or refuses.
-pub fn set_pod_mtu(netlink: &mut Netlink, link: &Link, mtu: u32) -> Result<(), podway_link::Error> {
-    if let (Some(nsid), Some(peer)) = (link.peer_netnsid, link.peer_index) {
-        netlink.set_peer_mtu(nsid, peer, mtu)?;
+pub fn set_pod_mtu(
+    netlink: &mut Netlink,
+    link: &Link,
+    netns: &Netns,
+    mtu: u32,
+) -> Result<(), podway_link::Error> {
+    if let Some(index) = link.peer_index {
+        set_mtu_inside(&mut Netlink::open_in(netns)?, index, mtu)?;
     }
     netlink.set_mtu(link.index, mtu)
+}
+
+/// No route ever promises more than its link carries: the routes shrink before it, and grow after it.
+fn set_mtu_inside(netlink: &mut Netlink, index: u32, mtu: u32) -> Result<(), podway_link::Error> {
+    let shrinks = netlink.link_by_index(index)?.is_some_and(|link| mtu < link.mtu);
+    if shrinks {
+        set_route_mtu(netlink, index, mtu)?;
+    }
+    netlink.set_mtu(index, mtu)?;
+    if !shrinks {
+        set_route_mtu(netlink, index, mtu)?;
+    }
+    Ok(())
+}
+
+fn set_route_mtu(netlink: &mut Netlink, index: u32, mtu: u32) -> Result<(), podway_link::Error> {
+    let gateways = [Some(GATEWAY_V4.into()), Some(GATEWAY_V6.into())];
+    // Those that ADD made; what else the pod has made for itself is its own business.
+    let ours = |r: &Route| r.dst.prefix_len() == 0 && gateways.contains(&r.via) && r.mtu != Some(mtu);
+    let filter = RouteFilter { dev: Some(index), ..RouteFilter::default() };
+    for route in netlink.routes(filter)?.into_iter().filter(ours) {
+        netlink.replace_route(&Route { mtu: Some(mtu), ..route })?;
+    }
+    Ok(())
 }
 
 /// The attachment whose host side a link is, and whether it waits for its deletion.

@@ -21,10 +21,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use podway_bpf_host::{Datapath, Endpoint};
 use podway_cni::protocol::{AddRequest, CheckRequest, DelRequest, GcRequest};
 use podway_cni::{AddResult, CniError, code};
-use podway_link::{Netlink, Netns};
+use podway_link::{Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter};
 use tracing::{debug, info, warn};
 
 use crate::adoption::{FoundLink, Plan};
@@ -33,7 +34,7 @@ use crate::crash;
 use crate::ids::AttachmentId;
 use crate::leases::Leases;
 use crate::leases::pool::{Lease, Owner, Usage};
-use crate::network::pod_link;
+use crate::network::{NodeAddresses, pod_link};
 use reaper::Reaper;
 pub use steps::result;
 
@@ -81,6 +82,8 @@ pub struct Attacher {
     mtu: AtomicU32,
     /// Counts MTU changes, so that an ADD that ran across one notices.
     mtu_changes: AtomicU64,
+    /// Where the node's own connections to pods come from.
+    node: RwLock<NodeAddresses>,
     sockets: Mutex<Vec<Netlink>>,
     reaper: Reaper,
     observer: Box<dyn Observer>,
@@ -106,6 +109,7 @@ impl Attacher {
             readiness: RwLock::new(Readiness::NotReady("the agent is starting".into())),
             mtu: AtomicU32::new(0),
             mtu_changes: AtomicU64::new(0),
+            node: RwLock::new(NodeAddresses::default()),
             sockets: Mutex::new(Vec::new()),
             reaper,
             observer,
@@ -171,7 +175,7 @@ impl Attacher {
     ) -> Result<(), AttachError> {
         self.datapath.attach_pod(link.ifindex)?;
         if incomplete {
-            steps::host_side(netlink, link.ifindex, &lease.id, &lease.addresses)?;
+            steps::host_side(netlink, link.ifindex, &lease.id, &lease.addresses, self.node())?;
             self.datapath.set_endpoint(&endpoint(link.ifindex, &lease.id, &lease.addresses))?;
         }
         Ok(())
@@ -187,6 +191,54 @@ impl Attacher {
         if self.mtu.swap(mtu, Ordering::SeqCst) != mtu {
             self.mtu_changes.fetch_add(1, Ordering::SeqCst);
         }
+    }
+
+    /// Sets the node's own addresses, and makes the routes to the pods what they should be: the kernel deletes
+    /// an IPv4 route along with the address that is its source, even when that comes back at once. Returns how
+    /// many were not right.
+    ///
+    /// # Errors
+    /// The kernel does not tell which routes there are. A single one that cannot be made is logged.
+    pub fn follow_node(&self, node: NodeAddresses) -> Result<usize, AttachError> {
+        *self.node.write().unwrap_or_else(PoisonError::into_inner) = node;
+        let attached: Vec<(AttachmentId, Attached)> = lock(&self.attached)
+            .iter()
+            .filter(|(_, a)| a.ifindex != 0)
+            .map(|(id, a)| (id.clone(), a.clone()))
+            .collect();
+        let mut netlink = self.socket()?;
+        let filter = RouteFilter { protocol: Some(ROUTE_PROTOCOL), ..RouteFilter::default() };
+        let present: HashMap<(u32, IpNet), Option<IpAddr>> =
+            netlink.routes(filter)?.into_iter().map(|r| ((r.dev, r.dst), r.src)).collect();
+        let mut written = 0;
+        for (id, Attached { ifindex, addresses, .. }) in attached {
+            let wrong: Vec<Route> = addresses
+                .iter()
+                .map(|address| steps::host_route(ifindex, *address, node))
+                .filter(|r| present.get(&(ifindex, r.dst)) != Some(&r.src))
+                .collect();
+            if wrong.is_empty() {
+                continue;
+            }
+            let Ok(_turn) = self.turn(&id) else { continue };
+            if lock(&self.attached).get(&id).is_none_or(|a| a.ifindex != ifindex) {
+                continue;
+            }
+            for route in wrong {
+                match netlink.replace_route(&route) {
+                    Ok(()) => written += 1,
+                    // The namespace of the pod went away, and the link with it.
+                    Err(e) if e.is_not_found() => {}
+                    Err(error) => warn!(attachment = %id, %error, "cannot route to a pod"),
+                }
+            }
+        }
+        self.give_back(netlink);
+        Ok(written)
+    }
+
+    fn node(&self) -> NodeAddresses {
+        *self.node.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says whether pods can be attached.
@@ -300,7 +352,7 @@ impl Attacher {
         lock(&self.attached).insert(id.clone(), attached);
         // The MTU changed while this link was being made, and may have been missed.
         if self.mtu_changes.load(Ordering::SeqCst) != changes {
-            self.correct_mtu(ifindex);
+            self.correct_mtu(ifindex, &netns);
         }
         crash::point("add.done");
         Ok(result(&id, &lease.addresses, self.mtu.load(Ordering::SeqCst), &request.netns_path))
@@ -312,9 +364,9 @@ impl Attacher {
         crash::point("add.link");
         self.datapath.attach_pod(link.index)?;
         crash::point("add.programs");
-        steps::host_side(&mut netlink, link.index, id, &lease.addresses)?;
+        steps::host_side(&mut netlink, link.index, id, &lease.addresses, self.node())?;
         crash::point("add.host");
-        steps::pod_side(id, &link, &lease.addresses, netns)?;
+        steps::pod_side(id, &link, &lease.addresses, mtu, netns)?;
         crash::point("add.pod");
         self.datapath.set_endpoint(&endpoint(link.index, id, &lease.addresses))?;
         crash::point("add.endpoint");
@@ -329,11 +381,11 @@ impl Attacher {
         }
     }
 
-    fn correct_mtu(&self, ifindex: u32) {
+    fn correct_mtu(&self, ifindex: u32, netns: &Netns) {
         let mtu = self.mtu.load(Ordering::SeqCst);
         let corrected = self.socket().and_then(|mut netlink| {
             if let Some(link) = netlink.link_by_index(ifindex)? {
-                crate::network::set_pod_mtu(&mut netlink, &link, mtu)?;
+                crate::network::set_pod_mtu(&mut netlink, &link, netns, mtu)?;
             }
             self.give_back(netlink);
             Ok(())
@@ -393,7 +445,7 @@ impl Attacher {
             return Err(CniError::new(code::UNKNOWN_CONTAINER, format!("{id} is not attached")));
         };
         let different = |what: String| CniError::new(code::IO, format!("{id}: {what}"));
-        let expected: BTreeSet<IpAddr> = request.addresses.iter().map(ipnet::IpNet::addr).collect();
+        let expected: BTreeSet<IpAddr> = request.addresses.iter().map(IpNet::addr).collect();
         let leased: BTreeSet<IpAddr> = attached.addresses.iter().copied().collect();
         if !expected.is_empty() && !expected.is_superset(&leased) {
             return Err(different(format!("the runtime remembers {expected:?}, leased is {leased:?}")));
@@ -565,10 +617,7 @@ fn pod_name(namespace: Option<&str>, name: Option<&str>) -> Option<String> {
 
 /// All host-side links of ours, with the destinations of the host routes through them.
 fn found_links(netlink: &mut Netlink) -> Result<Vec<FoundLink>, AttachError> {
-    let filter = podway_link::RouteFilter {
-        protocol: Some(podway_link::ROUTE_PROTOCOL),
-        ..podway_link::RouteFilter::default()
-    };
+    let filter = RouteFilter { protocol: Some(ROUTE_PROTOCOL), ..RouteFilter::default() };
     let mut routes: HashMap<u32, Vec<IpAddr>> = HashMap::new();
     for route in netlink.routes(filter)? {
         if route.dst.prefix_len() == route.dst.max_prefix_len() {

@@ -17,10 +17,12 @@ use podway_link::{AddressFlags, Link, Netlink, Netns, ROUTE_PROTOCOL, Route, Rou
 use super::AttachError;
 use crate::config::{GATEWAY_V4, GATEWAY_V6};
 use crate::ids::AttachmentId;
-use crate::network::pod_link;
+use crate::network::{NodeAddresses, pod_link};
 
 /// RT_SCOPE_LINK (rtnetlink(7)).
 const SCOPE_LINK: u8 = 253;
+/// Links that are removed to make room for one pair: there may be one for each side, and either may come again.
+const CLEARINGS: usize = 4;
 
 /// The host side of an attachment, marked as gone or not.
 pub(super) fn find_link(netlink: &mut Netlink, id: &AttachmentId) -> Result<Option<Link>, AttachError> {
@@ -56,26 +58,59 @@ pub(super) fn create_link(
         peer_mtu: mtu,
         peer_ns: Some(netns),
     };
-    let error = match netlink.create_veth(&spec) {
-        Ok(link) => return Ok(link),
-        Err(e) if e.is_exists() => e,
-        Err(e) => return Err(e.into()),
-    };
-    let Some(other) = netlink.link_by_name(&spec.name)? else {
-        // Not our name, so it is the pod's.
-        return Err(AttachError::InTheWay(format!(
-            "the pod's namespace has an interface {} already: {error}",
-            id.ifname
-        )));
-    };
-    // Only a leftover of an attachment of ours may go; of which one does not matter, since the caller has the
-    // turn of this name.
-    if pod_link(&other).is_none() {
-        return Err(AttachError::InTheWay(format!("link {} exists and is not Podway's: {error}", spec.name)));
+    let mut attempts = 0;
+    loop {
+        match netlink.create_veth(&spec) {
+            Ok(link) => return Ok(link),
+            Err(e) if e.is_exists() && attempts < CLEARINGS => attempts += 1,
+            Err(e) => return Err(e.into()),
+        }
+        if let Some(other) = in_the_way(netlink, id, netns)? {
+            datapath.remove_endpoint(other.index)?;
+            netlink.delete_link(other.index)?;
+        }
     }
-    datapath.remove_endpoint(other.index)?;
-    netlink.delete_link(other.index)?;
-    Ok(netlink.create_veth(&spec)?)
+}
+
+/// The link of ours whose name, or whose pod side's name, the new pair needs and that may be deleted. None when
+/// it has gone meanwhile.
+fn in_the_way(netlink: &mut Netlink, id: &AttachmentId, netns: &Netns) -> Result<Option<Link>, AttachError> {
+    let name = id.host_link();
+    if let Some(other) = netlink.link_by_name(&name)? {
+        // Only a leftover of an attachment of ours may go; of which one does not matter, since the caller has
+        // the turn of this name.
+        if pod_link(&other).is_none() {
+            return Err(AttachError::InTheWay(format!("link {name} exists and is not Podway's; remove it")));
+        }
+        return Ok(Some(other));
+    }
+    // So it is the pod's side. An earlier attachment of the same namespace may be detached while its link still
+    // waits for its deletion: that need not be waited for.
+    let Some(inside) = Netlink::open_in(netns)?.link_by_name(&id.ifname)? else { return Ok(None) };
+    let foreign = || {
+        AttachError::InTheWay(format!(
+            "the pod's namespace has an interface {} already, and it is not Podway's",
+            id.ifname
+        ))
+    };
+    // An index of this namespace only if the pair says the same of the other side.
+    let Some(index) = inside.peer_index else { return Err(foreign()) };
+    let Some(other) = netlink.link_by_index(index)? else {
+        // Deleted in between, or in a namespace that is not this one.
+        let still = Netlink::open_in(netns)?.link_by_index(inside.index)?.is_some();
+        return if still { Err(foreign()) } else { Ok(None) };
+    };
+    let pair = other.peer_index == Some(inside.index)
+        && other.peer_netnsid.is_some()
+        && other.peer_netnsid == netlink.nsid(netns)?;
+    match pod_link(&other).filter(|_| pair) {
+        Some((_, true)) => Ok(Some(other)),
+        Some((attached, false)) => Err(AttachError::InTheWay(format!(
+            "interface {} of the pod's namespace belongs to attachment {attached}, which has had no DEL",
+            id.ifname
+        ))),
+        None => Err(foreign()),
+    }
 }
 
 /// Configures the host's side and sets it up.
@@ -84,6 +119,7 @@ pub(super) fn host_side(
     ifindex: u32,
     id: &AttachmentId,
     addresses: &[IpAddr],
+    node: NodeAddresses,
 ) -> Result<(), AttachError> {
     if addresses.iter().any(IpAddr::is_ipv6) {
         let gateway = IpNet::new(IpAddr::V6(GATEWAY_V6), 64).expect("64 is a prefix length of IPv6");
@@ -100,18 +136,24 @@ pub(super) fn host_side(
     netlink.set_up(ifindex)?;
     for address in addresses {
         netlink.replace_neighbour(ifindex, *address, id.pod_mac())?;
-        netlink.replace_route(&Route {
-            dst: IpNet::from(*address),
-            via: None,
-            dev: ifindex,
-            src: None,
-            mtu: None,
-            scope_link: address.is_ipv4(),
-            onlink: false,
-            protocol: ROUTE_PROTOCOL,
-        })?;
+        netlink.replace_route(&host_route(ifindex, *address, node))?;
     }
     Ok(())
+}
+
+/// The node's route to a pod. Its own processes reach the pod with the address that other nodes know, whatever
+/// else is on the node (the gateway address on the loopback, fe80::1 on the link itself).
+pub(super) fn host_route(ifindex: u32, address: IpAddr, node: NodeAddresses) -> Route {
+    Route {
+        dst: IpNet::from(address),
+        via: None,
+        dev: ifindex,
+        src: node.of_family(address),
+        mtu: None,
+        scope_link: address.is_ipv4(),
+        onlink: false,
+        protocol: ROUTE_PROTOCOL,
+    }
 }
 
 /// Configures the pod's side and sets it up.
@@ -119,6 +161,7 @@ pub(super) fn pod_side(
     id: &AttachmentId,
     host: &Link,
     addresses: &[IpAddr],
+    mtu: u32,
     netns: &Netns,
 ) -> Result<(), AttachError> {
     let mut netlink = Netlink::open_in(netns)?;
@@ -142,7 +185,7 @@ pub(super) fn pod_side(
     for address in addresses {
         let gateway = gateway(*address);
         netlink.replace_neighbour(index, gateway, id.host_mac())?;
-        for route in pod_routes(index, *address) {
+        for route in pod_routes(index, *address, mtu) {
             netlink.replace_route(&route)?;
         }
     }
@@ -163,14 +206,15 @@ fn gateway(address: IpAddr) -> IpAddr {
     if address.is_ipv4() { GATEWAY_V4.into() } else { GATEWAY_V6.into() }
 }
 
-/// The pod's routes of one family: the gateway (IPv4 only, fe80::/64 is on every link), then everything.
-fn pod_routes(index: u32, address: IpAddr) -> Vec<Route> {
+/// The pod's routes of one family: the gateway (IPv4 only, fe80::/64 is on every link), then everything. The
+/// latter says its MTU itself: it holds when somebody raises that of the link.
+fn pod_routes(index: u32, address: IpAddr, mtu: u32) -> Vec<Route> {
     let route = |dst: IpNet, via: Option<IpAddr>| Route {
         dst,
         via,
         dev: index,
         src: None,
-        mtu: None,
+        mtu: via.map(|_| mtu),
         scope_link: via.is_none(),
         onlink: via.is_some(),
         // RTPROT_BOOT: what interface configuration in a container usually has.
@@ -263,7 +307,7 @@ pub fn result(id: &AttachmentId, addresses: &[IpAddr], mtu: u32, netns_path: &st
             result.routes.push(CniRoute { dst, gw: None, mtu: None, scope: Some(SCOPE_LINK) });
         }
         let dst = default_of(*address);
-        result.routes.push(CniRoute { dst, gw: Some(gateway), mtu: None, scope: None });
+        result.routes.push(CniRoute { dst, gw: Some(gateway), mtu: Some(mtu), scope: None });
     }
     result
 }
@@ -289,5 +333,7 @@ mod tests {
         assert_eq!(ips, ["10.244.1.7/32 via 169.254.1.1", "fd00::7/128 via fe80::1"]);
         let routes: Vec<String> = result.routes.iter().map(|r| r.dst.to_string()).collect();
         assert_eq!(routes, ["169.254.1.1/32", "0.0.0.0/0", "::/0"]);
+        let mtus: Vec<Option<u32>> = result.routes.iter().map(|r| r.mtu).collect();
+        assert_eq!(mtus, [None, Some(1450), Some(1450)]);
     }
 }

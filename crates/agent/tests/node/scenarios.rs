@@ -1,8 +1,10 @@
 //! What is tested.
 
-use std::net::IpAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use podway_agent::crash;
 use podway_link::probe::{Prober, ProberConfig, Responder, Verdict};
 use podway_link::{Netlink, Netns};
@@ -25,6 +27,10 @@ pub(crate) const ALL: &[Scenario] = &[
     ("many_at_once_leave_nothing", many_at_once_leave_nothing),
     ("gc_removes_what_the_runtime_does_not_know", gc_removes_what_the_runtime_does_not_know),
     ("del_works_without_the_namespace", del_works_without_the_namespace),
+    ("one_namespace_is_attached_a_thousand_times", one_namespace_is_attached_a_thousand_times),
+    ("what_is_not_ours_is_not_replaced", what_is_not_ours_is_not_replaced),
+    ("an_address_that_no_pod_has_is_unreachable", an_address_that_no_pod_has_is_unreachable),
+    ("the_node_reaches_its_pods_from_its_own_address", the_node_reaches_its_pods_from_its_own_address),
     ("the_mtu_follows_the_underlay", the_mtu_follows_the_underlay),
     ("a_narrow_path_is_found_and_reported", a_narrow_path_is_found_and_reported),
     (
@@ -333,8 +339,149 @@ fn del_works_without_the_namespace() {
     node.del("never-there").unwrap();
 }
 
+fn one_namespace_is_attached_a_thousand_times() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    // A freed address rests for 30 s: a /24 would be used up within a few.
+    let mut large = node_object(1);
+    large["spec"] = json!({"podCIDRs": ["10.244.16.0/20", "fd00:10:244:1::/64"]});
+    world.put_node(&large);
+    wait("the large range", 5, || node.http("/metrics").1.contains("10.244.16.0/20"));
+    let pod = world.pod("a");
+    let (mut adds, mut dels) = (Vec::new(), Vec::new());
+    for n in 0..1000 {
+        // Another container each time, which is another link, and now and then the same again.
+        let container = format!("cycle{}", n - n % 10 / 9);
+        let begun = Instant::now();
+        node.add_as(&container, &pod).unwrap_or_else(|e| panic!("ADD {n}: {e}"));
+        adds.push(begun.elapsed());
+        let begun = Instant::now();
+        node.del(&container).unwrap();
+        dels.push(begun.elapsed());
+    }
+    for (what, times) in [("ADD", &mut adds), ("DEL", &mut dels)] {
+        times.sort_unstable();
+        let at = |per_mille: usize| times[times.len() * per_mille / 1000 - 1];
+        println!("  {what}: p50 {:?}, p99 {:?}, longest {:?}", at(500), at(990), at(1000));
+    }
+    node.assert_empty();
+    let links = Netlink::open_in(&pod.ns).unwrap().links().unwrap();
+    assert_eq!(links.len(), 1, "{links:?}");
+}
+
+fn what_is_not_ours_is_not_replaced() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let (taken, pod) = (world.pod("taken"), world.pod("a"));
+    // Of another plugin, between the same two namespaces.
+    let foreign = podway_link::VethSpec {
+        name: "other0".into(),
+        peer_name: "eth0".into(),
+        peer_ns: Some(&taken.ns),
+        ..podway_link::VethSpec::default()
+    };
+    let mut netlink = Netlink::open_in(&node.ns).unwrap();
+    netlink.create_veth(&foreign).unwrap();
+    let error = node.add(&taken).unwrap_err();
+    assert!(error.details.contains("interface eth0 already, and it is not Podway's"), "{error}");
+    assert!(netlink.link_by_name("other0").unwrap().is_some());
+    // Of another container that is attached still.
+    node.add_as("first", &pod).unwrap();
+    let error = node.add_as("second", &pod).unwrap_err();
+    assert!(error.details.contains("belongs to attachment first/eth0"), "{error}");
+    assert_eq!(node.pod_links().len(), 1);
+    node.del("first").unwrap();
+    node.add_as("second", &pod).unwrap();
+    node.del("second").unwrap();
+    node.assert_empty();
+}
+
+fn an_address_that_no_pod_has_is_unreachable() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let mut netlink = Netlink::open_in(&node.ns).unwrap();
+    let eth0 = netlink.link_by_name("eth0").unwrap().unwrap().index;
+    for (dst, via) in [("0.0.0.0/0", "172.18.0.1"), ("::/0", "fd00:172:18::2")] {
+        let route = podway_link::Route {
+            dst: dst.parse().unwrap(),
+            via: Some(via.parse().unwrap()),
+            dev: eth0,
+            src: None,
+            mtu: None,
+            scope_link: false,
+            onlink: false,
+            protocol: 4,
+        };
+        netlink.replace_route(&route).unwrap();
+    }
+    let pod = world.pod("a");
+    let ips = addresses(node, &pod);
+    for (ip, nobody) in ips.iter().zip(["10.244.1.99:9", "[fd00:10:244:1::99]:9"]) {
+        let socket = pod.ns.run(|| UdpSocket::bind((*ip, 0))).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        // Without these, UDP keeps to itself what may pass.
+        match ip {
+            IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true).unwrap(),
+            IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true).unwrap(),
+        }
+        socket.connect(nobody).unwrap();
+        let begun = Instant::now();
+        socket.send(b"anybody?").unwrap();
+        let error = socket.recv(&mut [0; 16]).unwrap_err();
+        let unreachable = [ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
+        assert!(unreachable.contains(&error.kind()), "{nobody}: {error}");
+        assert!(begun.elapsed() < Duration::from_millis(500), "{nobody}: {:?}", begun.elapsed());
+    }
+    // The range changes, and the refusal with it; what is attached keeps its address.
+    let mut moved = node_object(1);
+    moved["spec"] = json!({"podCIDRs": ["10.244.55.0/24", "fd00:10:244:1::/64"]});
+    world.put_node(&moved);
+    let want = ["10.244.55.0/24", "fd00:10:244:1::/64"].map(|t| t.parse().unwrap());
+    wait("the new range to be refused", 5, || netlink.unreachable_routes(80).unwrap() == want);
+    assert!(netlink.route_to(ips[0]).unwrap().is_some_and(|to| to.dev != eth0));
+}
+
+fn the_node_reaches_its_pods_from_its_own_address() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let mut netlink = Netlink::open_in(&node.ns).unwrap();
+    // What the kernel could choose as well: an address of a link with a lower index, and link-local ones.
+    for address in ["10.9.9.9/32", "fd00:9::9/128"] {
+        netlink.add_address(1, address.parse().unwrap(), podway_link::AddressFlags::default()).unwrap();
+    }
+    let pod = world.pod("a");
+    let ips = addresses(node, &pod);
+    let source = |family: usize| {
+        let any = ["0.0.0.0:0", "[::]:0"][family];
+        let socket = node.ns.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+        socket.connect((ips[family], 9)).map(|()| socket.local_addr().unwrap().ip())
+    };
+    for family in 0..2 {
+        assert_eq!(source(family).unwrap(), own(1)[family]);
+    }
+    // The kernel deletes IPv4 routes along with the address that is their source.
+    let eth0 = netlink.link_by_name("eth0").unwrap().unwrap().index;
+    let nodad = podway_link::AddressFlags { nodad: true, ..Default::default() };
+    for address in ["172.18.1.1/16", "fd00:172:18::1/64"] {
+        let address = address.parse().unwrap();
+        assert!(netlink.delete_address(eth0, address).unwrap());
+        std::thread::sleep(Duration::from_millis(200));
+        netlink.add_address(eth0, address, nodad).unwrap();
+    }
+    for (family, (own, ip)) in own(1).into_iter().zip(&ips).enumerate() {
+        wait("the route and its source", 5, || source(family).is_ok_and(|ip| ip == own));
+        exchange((&node.ns, own), (&pod.ns, *ip)).unwrap();
+    }
+}
+
+/// The MTU of a pod's link, once that of its default routes is the same.
 fn mtus(pod: &Pod) -> u32 {
-    Netlink::open_in(&pod.ns).unwrap().link_by_name("eth0").unwrap().unwrap().mtu
+    let mut inside = Netlink::open_in(&pod.ns).unwrap();
+    let link = inside.link_by_name("eth0").unwrap().unwrap();
+    let routes = inside.routes(podway_link::RouteFilter::default()).unwrap();
+    let defaults: Vec<Option<u32>> =
+        routes.iter().filter(|r| r.dst.prefix_len() == 0).map(|r| r.mtu).collect();
+    if defaults == [Some(link.mtu); 2] { link.mtu } else { 0 }
 }
 
 fn the_mtu_follows_the_underlay() {
@@ -390,7 +537,7 @@ fn a_wrong_mtu_is_reported_and_its_fragments_are_counted() {
     let node = &world.nodes[0];
     assert_eq!(node.metric("podway_pod_mtu_fitting_bytes"), 1450.0);
     // The packets of the incident: they fit the pod's link, and not the way to the other node.
-    let sender = a.ns.run(|| std::net::UdpSocket::bind((from[0], 0))).unwrap().unwrap();
+    let sender = a.ns.run(|| UdpSocket::bind((from[0], 0))).unwrap().unwrap();
     for _ in 0..10 {
         sender.send_to(&[0; 1472], (to[0], 9)).unwrap();
     }
@@ -539,6 +686,7 @@ fn cleanup_leaves_nothing() {
     assert_eq!(links, ["lo", "eth0"]);
     let filter = podway_link::RouteFilter { protocol: Some(80), ..Default::default() };
     assert_eq!(netlink.routes(filter).unwrap(), []);
+    assert_eq!(netlink.unreachable_routes(80).unwrap(), []);
     assert!(!netlink.addresses().unwrap().iter().any(|a| a.addr.to_string() == "169.254.1.1"));
     assert!(!instance.run_dir().exists() && !instance.pin_dir().exists());
     let again = ns.run(|| podway_agent::cleanup(&instance, false)).unwrap().unwrap();
