@@ -8,7 +8,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use podway_agent::logging::LogFormat;
 use podway_agent::{Instance, ListenAddress, config};
+use podway_lab::roll::Workload;
 use podway_lab::spec::{self, LabName, LabSpec};
+
+use crate::bench::Bench;
 
 /// Kubernetes networking in one binary
 #[derive(Debug, Parser)]
@@ -29,6 +32,9 @@ pub(crate) enum Command {
     Cleanup(Cleanup),
     /// List the connections that the datapath tracks
     Conntrack(Conntrack),
+    /// Measure Podway beside what it competes with, on this machine
+    #[command(subcommand)]
+    Bench(Bench),
     /// Parts that other commands start
     #[command(subcommand, hide = true)]
     Internal(Internal),
@@ -57,8 +63,24 @@ pub(crate) enum Lab {
     Status(Show),
     /// List the labs of this machine
     List(Format),
+    /// Show what happened, oldest first
+    Events(Events),
+    /// Show the log of a node's agent, of a pod's container, or of the lab itself
+    Logs(Logs),
     /// Run a command inside a pod
     Exec(Exec),
+    /// Open a shell on a node or in a pod
+    Shell(Shell),
+    /// Replace the pods of a workload one after the other, as kubectl rollout restart does, and wait for the new ones
+    ///
+    /// Each pod has its termination grace: a stand-in goes on answering for a moment after SIGTERM and finishes what
+    /// is open.
+    Roll(Roll),
+    /// Switch the readiness of a pod off, and on again
+    ///
+    /// A pod that is off is not ready and leaves its services' endpoints; it runs on and answers those who ask it
+    /// directly. On means: as ready as its containers and probes say.
+    Ready(Ready),
     /// Work on a node
     #[command(subcommand)]
     Node(Node),
@@ -300,6 +322,101 @@ pub(crate) struct Exec {
     pub(crate) command: Vec<OsString>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Only about objects of this namespace
+    #[arg(short, long)]
+    pub(crate) namespace: Option<String>,
+    /// Only about this object, such as pod/web-0 or node/node-1
+    #[arg(long = "for", value_name = "KIND/NAME", value_parser = kind_and_name)]
+    pub(crate) about: Option<(String, String)>,
+    /// Only warnings
+    #[arg(long)]
+    pub(crate) warnings: bool,
+    /// Go on with what happens from now on, until interrupted
+    #[arg(short, long, conflicts_with = "output")]
+    pub(crate) follow: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// `KIND/NAME`.
+fn kind_and_name(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((kind, name)) if !kind.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok((kind.to_owned(), name.to_owned()))
+        }
+        _ => Err(format!("{text:?} is not KIND/NAME, such as pod/web-0")),
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// A node such as node-1, or a pod; without it the lab's own log
+    #[arg(value_name = "NODE|[NAMESPACE/]POD")]
+    pub(crate) target: Option<String>,
+    /// The container of the pod [default: the first]
+    #[arg(short, long)]
+    pub(crate) container: Option<String>,
+    /// Only this many lines from the end
+    #[arg(long, value_name = "LINES")]
+    pub(crate) tail: Option<usize>,
+    /// Go on with what is written from now on, until interrupted
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// A node such as node-1, or a pod; without a namespace that of default
+    #[arg(value_name = "NODE|[NAMESPACE/]POD")]
+    pub(crate) target: String,
+    /// The container whose environment the shell gets [default: the first]
+    #[arg(short, long)]
+    pub(crate) container: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Roll {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Deployment, StatefulSet or DaemonSet, such as deploy/web
+    #[arg(value_name = "KIND/NAME")]
+    pub(crate) workload: Workload,
+    /// Namespace of the workload
+    #[arg(short, long, default_value = "default")]
+    pub(crate) namespace: String,
+    /// Return once the roll has begun
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+    /// Longest wait for the roll's end, such as 90, 90s or 3m
+    #[arg(long, default_value = "2m", value_parser = duration, conflicts_with = "no_wait")]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ready {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The pod; without a namespace that of default
+    #[arg(value_name = "[NAMESPACE/]POD")]
+    pub(crate) pod: String,
+    #[arg(value_enum)]
+    pub(crate) state: Switch,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Node {
     /// Run a command in a node's network namespace
@@ -392,6 +509,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn objects_are_named_by_kind_and_name() {
+        for (text, good) in
+            [("pod/a", true), ("pod", false), ("/a", false), ("pod/", false), ("a/b/c", false)]
+        {
+            assert_eq!(kind_and_name(text).is_ok(), good, "{text}");
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! `podway lab …`.
 
+mod history;
 mod objects;
+mod workloads;
 
 use anyhow::{Context as _, bail};
 use podway_lab::check;
@@ -14,7 +16,9 @@ use podway_lab::up::{self, Made, Waited};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::args::{Down, Exec, Format, Kubeconfig, Lab, Node, NodeExec, OutputFormat, Show, Up, Which};
+use crate::args::{
+    Down, Exec, Format, Kubeconfig, Lab, Node, NodeExec, OutputFormat, Shell, Show, Up, Which,
+};
 use crate::output::{self, Progress, table};
 use crate::{FAILED, OK};
 
@@ -25,7 +29,12 @@ pub(crate) fn run(command: Lab) -> anyhow::Result<u8> {
         Lab::Delete(args) => objects::delete(&args),
         Lab::Status(args) => status(&args),
         Lab::List(args) => list(&args),
+        Lab::Events(args) => history::events(args),
+        Lab::Logs(args) => history::logs(&args),
         Lab::Exec(args) => pod_exec(args),
+        Lab::Shell(args) => shell(&args),
+        Lab::Roll(args) => workloads::roll(&args),
+        Lab::Ready(args) => workloads::ready(&args),
         Lab::Node(Node::Exec(args)) => node_exec(args),
         Lab::Kubeconfig(args) => kubeconfig(&args),
         Lab::Check(args) => check(&args),
@@ -245,10 +254,28 @@ fn list(args: &Format) -> anyhow::Result<u8> {
 
 fn pod_exec(args: Exec) -> anyhow::Result<u8> {
     let lab = pick(&args.which)?;
-    let (namespace, pod) = args.pod.split_once('/').unwrap_or(("default", &args.pod));
+    let (namespace, pod) = pod_name(&args.pod);
     let program = runtime()?.block_on(async {
         let mut client = Client::of_lab(&lab)?;
         exec::in_pod(&mut client, &lab, namespace, pod, args.container.as_deref(), args.command).await
+    })?;
+    Err(program.exec())
+}
+
+/// A pod as people name it: without a namespace it is in `default`.
+fn pod_name(text: &str) -> (&str, &str) {
+    text.split_once('/').unwrap_or(("default", text))
+}
+
+fn shell(args: &Shell) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    if exec::is_node(&lab, &args.target) {
+        return Err(exec::in_node(&lab, &args.target, exec::shell())?.exec());
+    }
+    let (namespace, pod) = pod_name(&args.target);
+    let program = runtime()?.block_on(async {
+        let mut client = Client::of_lab(&lab)?;
+        exec::in_pod(&mut client, &lab, namespace, pod, args.container.as_deref(), exec::shell()).await
     })?;
     Err(program.exec())
 }

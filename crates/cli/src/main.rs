@@ -5,6 +5,7 @@
 
 mod agent;
 mod args;
+mod bench;
 mod internal;
 mod lab;
 mod output;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Agent(args) => agent::run(args),
         Command::Cleanup(args) => agent::cleanup(&args),
         Command::Conntrack(args) => agent::conntrack(&args),
+        Command::Bench(command) => bench::run(command),
         Command::Internal(command) => internal::run(command),
     };
     match result {

@@ -88,8 +88,26 @@ impl Client {
     /// # Errors
     /// When the server cannot be reached or what it says is no JSON. A refusal is an [`Answer`].
     pub async fn call(&mut self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Answer> {
+        self.send(method, path, "application/json", body).await
+    }
+
+    /// Changes fields of an object by a JSON merge patch (RFC 7396) and returns the object.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or refuses.
+    pub async fn merge(&mut self, path: &str, patch: &Value) -> anyhow::Result<Value> {
+        self.send(Method::PATCH, path, "application/merge-patch+json", Some(patch)).await?.ok()
+    }
+
+    async fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        media: &'static str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Answer> {
         let what = format!("{method} {path}");
-        let work = self.exchange(method, path, body);
+        let work = self.exchange(method, path, media, body);
         match tokio::time::timeout(TIMEOUT, work).await {
             Ok(answer) => answer.with_context(|| format!("lab's API server at {}: {what}", self.address)),
             Err(_) => {
@@ -99,14 +117,20 @@ impl Client {
         }
     }
 
-    async fn exchange(&mut self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Answer> {
+    async fn exchange(
+        &mut self,
+        method: Method,
+        path: &str,
+        media: &'static str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Answer> {
         let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header(header::HOST, self.address.to_string())
             .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
-            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::CONTENT_TYPE, media)
             .header(header::ACCEPT, "application/json")
             .body(Full::new(Bytes::from(body)))?;
         let connection = match &mut self.connection {

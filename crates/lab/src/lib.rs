@@ -15,7 +15,8 @@
 //! - [`topology`], [`cgroup`], [`state`]: the wire, the processes' places, the files.
 //! - [`supervisor`] and its runner: the process that is the lab.
 //! - [`standin`], [`pod_exec`], [`etc`]: what runs in pods, how it gets there, which files it sees.
-//! - [`observe`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
+//! - [`observe`], [`history`], [`logs`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
+//! - [`roll`], [`readiness`]: what people do to running workloads.
 //! - [`up`], [`down`](mod@down): making it and removing it without a trace.
 //!
 //! A lab has no leg on the machine's network. Everything of it is found by the lab's name alone, so that it can
@@ -29,9 +30,13 @@ pub mod down;
 pub mod etc;
 mod events;
 pub mod exec;
+pub mod history;
+pub mod logs;
 pub mod manifest;
 pub mod observe;
 pub mod pod_exec;
+pub mod readiness;
+pub mod roll;
 mod runner;
 pub mod spec;
 pub mod standin;

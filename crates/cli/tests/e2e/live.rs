@@ -82,3 +82,99 @@ fn manifests_come_and_go_in_a_running_lab() {
     assert_eq!(said(&nothing), "0 objects deleted, 3 were not there\n", "{}", text(&nothing));
     assert!(lab.run(&["check"]).status.success());
 }
+
+#[test]
+fn workloads_roll_and_readiness_is_switched() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::of("t_roll", &WEB.replace("REPLICAS", "2"), &["--nodes", "2"]);
+    let names = || -> Vec<String> {
+        let pods = lab.get(&["pods", "-n", "shop"]);
+        let items = pods["items"].as_array().unwrap();
+        items.iter().map(|p| p["metadata"]["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let before = names();
+    let rolled = lab.run(&["roll", "deploy/web", "-n", "shop"]);
+    assert!(rolled.status.success(), "{}", text(&rolled));
+    wait_for("the old pods to end", Duration::from_secs(10), || names().len() == 2);
+    assert!(names().iter().all(|n| !before.contains(n)), "{before:?} {:?}", names());
+    let nobody = lab.run(&["roll", "deploy/none", "-n", "shop"]);
+    assert!(!nobody.status.success() && text(&nobody).contains("none"), "{}", text(&nobody));
+
+    wait_for("two endpoints", Duration::from_secs(5), || ready_endpoints(&lab) == 2);
+    let pod = format!("shop/{}", names()[0]);
+    let switch = |state: &str| {
+        let output = lab.run(&["ready", &pod, state]);
+        assert!(output.status.success(), "{}", text(&output));
+    };
+    switch("off");
+    let took = wait_for("one endpoint", Duration::from_secs(5), || ready_endpoints(&lab) == 1);
+    println!("out of the endpoints after {took:?}");
+    let status = lab.run(&["status"]);
+    assert!(text(&status).contains("readiness is switched off"), "{}", text(&status));
+    assert!(lab.events("Unhealthy").iter().any(|m| m.contains("switched off")));
+    switch("on");
+    wait_for("both endpoints", Duration::from_secs(5), || ready_endpoints(&lab) == 2);
+    assert!(!lab.run(&["ready", "shop/none", "off"]).status.success());
+}
+
+/// A pod whose container says something and ends, again and again.
+const LOUD: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata:
+  name: loud
+  annotations: {lab.podway.dev/command.main: "echo one; echo two; exit 3"}
+spec: {nodeName: node-1, containers: [{name: main, image: loud}]}
+"#;
+
+#[test]
+fn events_logs_and_shells_show_what_goes_on() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::of("t_look", PAIR, &["--nodes", "2"]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("loud.yaml");
+    fs::write(&file, LOUD).unwrap();
+    assert!(lab.run(&["apply", "-f", file.to_str().unwrap()]).status.success());
+    let said = |args: &[&str]| {
+        let output = lab.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    wait_for("the failure to be told", Duration::from_secs(10), || said(&["events"]).contains("BackOff"));
+    let about = said(&["events", "--for", "pod/loud", "--warnings"]);
+    assert!(
+        about.lines().skip(1).all(|l| l.contains("Pod default/loud") && l.contains("Warning")),
+        "{about}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&said(&["events", "-o", "json"])).unwrap();
+    assert!(
+        json.as_array().unwrap().iter().any(|e| e["reason"] == "BackOff" && e["name"] == "loud"),
+        "{json}"
+    );
+    assert_eq!(said(&["events", "-n", "nowhere"]).lines().count(), 1);
+
+    assert_eq!(said(&["logs", "loud", "--tail", "1"]), "two\n");
+    assert!(said(&["logs", "default/loud", "-c", "main"]).starts_with("one\ntwo\n"));
+    assert!(said(&["logs", "node-2"]).lines().count() > 1);
+    assert!(said(&["logs", "--tail", "100"]).contains("lab is up"));
+    let unknown = lab.run(&["logs", "loud", "-c", "other"]);
+    assert!(!unknown.status.success() && text(&unknown).contains("it has: main"), "{}", text(&unknown));
+
+    for (target, hostname) in [("node-2", "node-2"), ("default/a", "a"), ("b", "b")] {
+        let mut shell = std::process::Command::new(crate::lab::podway())
+            .args(["lab", "shell", "--name", lab.name, target])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut shell.stdin.take().unwrap(), b"hostname\n").unwrap();
+        let output = shell.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), hostname);
+    }
+    let nobody = lab.run(&["shell", "node-9"]);
+    assert!(!nobody.status.success(), "{}", text(&nobody));
+}

@@ -18,7 +18,7 @@ use super::container::{self, ContainerSpec, Place, Progress, RestartPolicy};
 use super::sandbox::Sandbox;
 use super::status::{self, ContainerView, View};
 use super::{NodeContext, PodState, Runner};
-use crate::{etc, events};
+use crate::{etc, events, readiness};
 
 /// Who the events are from.
 const COMPONENT: &str = "podway-lab";
@@ -151,6 +151,7 @@ impl Task {
             }
         }
         drop((report, stopped));
+        self.heed_switch();
         self.publish();
         let ended = loop {
             tokio::select! {
@@ -164,6 +165,13 @@ impl Task {
                 changed = self.updates.changed() => {
                     if changed.is_err() || self.is_ending() {
                         break false;
+                    }
+                    if self.heed_switch() {
+                        self.publish();
+                        if self.view.switched_off {
+                            let message = format!("Readiness probe failed: {}", readiness::SWITCHED_OFF);
+                            self.event(pod, EventType::Warning, "Unhealthy", message);
+                        }
                     }
                 }
             }
@@ -188,6 +196,12 @@ impl Task {
         self.view.stopped = true;
         self.publish();
         ended
+    }
+
+    /// Reads the switch of `podway lab ready`. Returns whether somebody has moved it.
+    fn heed_switch(&mut self) -> bool {
+        let off = self.updates.borrow().as_deref().is_some_and(readiness::is_off);
+        std::mem::replace(&mut self.view.switched_off, off) != off
     }
 
     fn take(&mut self, pod: &Value, index: usize, progress: Progress) {

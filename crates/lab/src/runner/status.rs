@@ -7,6 +7,7 @@ use podway_workloads::rfc3339;
 use serde_json::{Value, json};
 
 use super::container::{Exit, Progress, State};
+use crate::readiness::SWITCHED_OFF;
 
 /// One container of the view.
 #[derive(Debug, Clone)]
@@ -44,6 +45,8 @@ pub(super) struct View {
     pub(super) containers: Vec<ContainerView>,
     /// What is in the way of the whole pod.
     pub(super) message: Option<String>,
+    /// Somebody has switched the pod's readiness off.
+    pub(super) switched_off: bool,
 }
 
 impl View {
@@ -56,7 +59,12 @@ impl View {
             stopped: false,
             containers: Vec::new(),
             message: None,
+            switched_off: false,
         }
+    }
+
+    fn is_ready(&self, container: &ContainerView) -> bool {
+        container.is_ready() && !self.stopped && !self.switched_off
     }
 
     fn main(&self) -> impl Iterator<Item = &ContainerView> {
@@ -109,20 +117,18 @@ pub(super) fn write(pod: &mut Value, view: &View, now: Timestamp) {
         status["initContainerStatuses"] = init.into();
     }
 
-    let unready: Vec<&str> = view
-        .containers
-        .iter()
-        .filter(|c| c.runs() && (view.stopped || !c.is_ready()))
-        .map(|c| c.name.as_str())
-        .collect();
+    let unready: Vec<&str> =
+        view.containers.iter().filter(|c| c.runs() && !view.is_ready(c)).map(|c| c.name.as_str()).collect();
     let (containers_ready, reason, message) = match (phase, unready.is_empty() && view.main().count() > 0) {
         ("Succeeded", _) => (false, "PodCompleted", String::new()),
         ("Failed", _) => (false, "PodFailed", String::new()),
         (_, true) => (true, "", String::new()),
         (_, false) => {
+            let switched_off = view.switched_off.then(|| SWITCHED_OFF.to_owned());
             let cause = view
                 .message
                 .clone()
+                .or(switched_off)
                 .unwrap_or_else(|| format!("containers with unready status: [{}]", unready.join(" ")));
             (false, "ContainersNotReady", cause)
         }
@@ -189,7 +195,7 @@ fn container_status(container: &ContainerView, view: &View) -> Value {
     let progress = &container.progress;
     let (state, ready, started) = if container.runs() {
         let running = matches!(progress.state, State::Running { .. });
-        (state_value(&progress.state, container), container.is_ready() && !view.stopped, running)
+        (state_value(&progress.state, container), view.is_ready(container), running)
     } else {
         let at = rfc3339(view.started);
         let done = json!({"terminated": {"exitCode": 0, "reason": "Completed", "startedAt": at, "finishedAt": at,
@@ -327,6 +333,23 @@ mod tests {
         write(&mut pod, &view, at(9));
         assert_eq!(condition(&pod, "Ready")["status"], "True");
         assert_eq!(condition(&pod, "Ready")["lastTransitionTime"], rfc3339(at(9)));
+    }
+
+    #[test]
+    fn readiness_that_is_switched_off_says_so() {
+        let mut view = view(&[("a", false, false, State::Running { started: at(1), ready: true })]);
+        view.switched_off = true;
+        let mut pod = json!({});
+        write(&mut pod, &view, at(5));
+        for type_ in ["Ready", "ContainersReady"] {
+            assert_eq!(condition(&pod, type_)["status"], "False");
+            assert!(condition(&pod, type_)["message"].as_str().is_some_and(|m| m.contains("switched off")));
+        }
+        assert_eq!(pod["status"]["containerStatuses"][0]["ready"], false);
+        assert_eq!(pod["status"]["phase"], "Running");
+        view.switched_off = false;
+        write(&mut pod, &view, at(6));
+        assert_eq!(condition(&pod, "Ready")["status"], "True");
     }
 
     #[test]
