@@ -167,6 +167,8 @@ struct Complaint {
     message: String,
     /// The object itself is wrong.
     malformed: bool,
+    /// A probe failed.
+    unhealthy: bool,
 }
 
 /// By kind, namespace and name.
@@ -178,6 +180,7 @@ fn complaints(events: &Value) -> BTreeMap<(String, String, String), Complaint> {
             at: event["lastTimestamp"].as_str().unwrap_or_default().to_owned(),
             message: event["message"].as_str().unwrap_or_default().to_owned(),
             malformed: event["reason"] == "InvalidObject",
+            unhealthy: event["reason"] == "Unhealthy",
         };
         let slot =
             out.entry((about("kind"), about("namespace"), about("name"))).or_insert_with(|| new.clone());
@@ -197,6 +200,8 @@ fn explain(pod: &mut PodStatus, nodes: &[NodeStatus], complaint: Option<&Complai
     } else if let Some(complaint) = complaint.filter(|c| c.malformed) {
         pod.reason.clone_from(&complaint.message);
         pod.stuck = true;
+    } else if let Some(complaint) = complaint.filter(|c| c.unhealthy && pod.phase == "Running") {
+        pod.reason.clone_from(&complaint.message);
     }
 }
 

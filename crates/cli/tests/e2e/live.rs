@@ -119,6 +119,113 @@ fn workloads_roll_and_readiness_is_switched() {
     assert!(!lab.run(&["ready", "shop/none", "off"]).status.success());
 }
 
+/// One pod that nothing is wrong with, one whose port nobody serves, one that never starts in the eyes of its
+/// startup probe, and one that decides by a file whether it is well.
+const PROBED: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: good}
+spec:
+  containers:
+  - name: main
+    image: good
+    ports: [{name: http, containerPort: 8080}]
+    startupProbe: {httpGet: {port: http, path: /started}, periodSeconds: 1}
+    readinessProbe: {httpGet: {port: http, path: /ready}, initialDelaySeconds: 1}
+    livenessProbe: {exec: {command: [no-such-program]}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: undeclared}
+spec:
+  containers: [{name: main, image: undeclared, readinessProbe: {tcpSocket: {port: 9001}}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: deaf}
+spec:
+  containers:
+  - name: main
+    image: deaf
+    ports: [{containerPort: 8080}]
+    readinessProbe: {tcpSocket: {port: 9999}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: late}
+spec:
+  containers:
+  - name: main
+    image: late
+    ports: [{containerPort: 8080}]
+    startupProbe: {tcpSocket: {port: 9999}, periodSeconds: 1, failureThreshold: 2}
+    readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: moody
+  annotations: {lab.podway.dev/command.main: "exec sleep 1000"}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: moody
+    readinessProbe: {exec: {command: [test, -e, "FILE.ready"]}, periodSeconds: 1, failureThreshold: 1}
+    livenessProbe: {exec: {command: [sh, -c, "echo sick; test ! -e FILE.sick"]}, periodSeconds: 1, failureThreshold: 2}
+"#;
+
+#[test]
+fn probes_decide_who_is_ready_and_who_is_restarted() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mood = dir.path().join("mood");
+    let file = dir.path().join("probed.yaml");
+    fs::write(&file, PROBED.replace("FILE", mood.to_str().unwrap())).unwrap();
+    let lab = Lab::up("t_probes", &[&file], &["--nodes", "1", "--no-wait"]);
+    let container = |pod: &str| lab.get(&["pod", pod])["status"]["containerStatuses"][0].clone();
+    let ready = |pod: &str| container(pod)["ready"] == true;
+    let limit = Duration::from_secs(15);
+    let took = wait_for("the good one to be ready", limit, || ready("good"));
+    println!("good after {took:?}");
+    wait_for("the one without declared ports to be ready", limit, || ready("undeclared"));
+
+    wait_for("complaints about the deaf one", limit, || {
+        lab.events("Unhealthy").iter().any(|m| m.contains("Readiness probe failed: connect to"))
+    });
+    assert!(!ready("deaf"));
+    assert_eq!(container("deaf")["restartCount"], 0);
+    assert_eq!(container("deaf")["started"], true);
+    let status = lab.run(&["status"]);
+    assert!(text(&status).contains("pod default/deaf: container main: Readiness probe failed"), "{}", text(&status));
+
+    wait_for("the late one to be restarted", limit, || container("late")["restartCount"].as_u64() > Some(0));
+    assert_eq!(container("late")["started"], false);
+    assert!(!ready("late"));
+    assert!(
+        lab.events("Killing").iter().any(|m| m.contains("startup probe failed")),
+        "{:?}",
+        lab.events("Killing")
+    );
+
+    let touch = |suffix: &str| fs::write(mood.with_extension(suffix), "").unwrap();
+    assert!(!ready("moody"));
+    touch("ready");
+    wait_for("the moody one to be ready", limit, || ready("moody"));
+    fs::remove_file(mood.with_extension("ready")).unwrap();
+    wait_for("the moody one to be unready", limit, || !ready("moody"));
+    touch("ready");
+    touch("sick");
+    wait_for("the sick one to be restarted", limit, || container("moody")["restartCount"].as_u64() > Some(0));
+    assert!(
+        lab.events("Unhealthy").iter().any(|m| m.contains("Liveness probe failed: sh") && m.contains("sick"))
+    );
+    fs::remove_file(mood.with_extension("sick")).unwrap();
+    wait_for("the moody one to be well again", limit, || ready("moody"));
+}
+
 /// A pod whose container says something and ends, again and again.
 const LOUD: &str = r#"
 apiVersion: v1

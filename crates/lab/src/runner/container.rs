@@ -17,6 +17,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use super::probe::{Probes, Verdict};
 use crate::cgroup::Cgroup;
 use crate::standin::{self, Identity, Port, Protocol, Report};
 
@@ -74,6 +75,7 @@ pub(super) struct ContainerSpec {
     pub(super) command: Option<String>,
     pub(super) env: Vec<(String, String)>,
     pub(super) restart: RestartPolicy,
+    pub(super) probes: Probes,
     /// What in the manifest makes the container impossible to start.
     pub(super) broken: Option<String>,
 }
@@ -117,6 +119,11 @@ impl ContainerSpec {
             }
         }
         let command = pod["metadata"]["annotations"][format!("{COMMAND_ANNOTATION}{name}")].as_str();
+        if container["ports"].as_array().is_none_or(Vec::is_empty) {
+            // Kubernetes wants no ports to be declared; then the probes are what says where the program listens.
+            let tcp = |port| Port { port, protocol: Protocol::Tcp, name: String::new() };
+            ports.extend(Probes::ports(container).into_iter().map(tcp));
+        }
         let env = container["env"]
             .as_array()
             .into_iter()
@@ -126,6 +133,7 @@ impl ContainerSpec {
             .collect();
         Self {
             image: container["image"].as_str().unwrap_or_default().to_owned(),
+            probes: Probes::of(container, &ports, command.is_none()),
             ports,
             command: command.map(str::to_owned),
             env,
@@ -141,6 +149,8 @@ impl ContainerSpec {
 pub(super) struct Place {
     pub(super) cgroup: Cgroup,
     pub(super) netns: PathBuf,
+    /// The node's, where probes come from.
+    pub(super) node_netns: PathBuf,
     pub(super) hostname: String,
     /// Folder with `hosts`, `resolv.conf`, logs and stand-in configurations.
     pub(super) dir: PathBuf,
@@ -166,8 +176,16 @@ pub(super) struct Exit {
 /// What a container is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum State {
-    Waiting { reason: &'static str, message: String },
-    Running { started: Timestamp, ready: bool },
+    Waiting {
+        reason: &'static str,
+        message: String,
+    },
+    /// `passed` is false until the startup probe has succeeded.
+    Running {
+        started: Timestamp,
+        passed: bool,
+        ready: bool,
+    },
     Terminated(Exit),
 }
 
@@ -179,12 +197,16 @@ pub(super) struct Progress {
     pub(super) restarts: u32,
     /// For people: SCTP ports that the kernel cannot serve.
     pub(super) warnings: Vec<String>,
+    /// The newest complaint of a probe, and how many there were.
+    pub(super) unhealthy: Option<(u64, String)>,
+    /// Why a probe had the container restarted last, and how often one had.
+    pub(super) killed: Option<(u64, String)>,
 }
 
 impl Default for Progress {
     fn default() -> Self {
         let state = State::Waiting { reason: "ContainerCreating", message: String::new() };
-        Self { state, last: None, restarts: 0, warnings: Vec::new() }
+        Self { state, last: None, restarts: 0, warnings: Vec::new(), unhealthy: None, killed: None }
     }
 }
 
@@ -203,11 +225,16 @@ pub(super) async fn run(
     let mut backoff = BACKOFF;
     loop {
         let started = Instant::now();
+        let kills_before = progress.killed.as_ref().map_or(0, |(count, _)| *count);
         let exit = match &spec.broken {
             Some(message) => failed_to_start(message.clone()),
             None => once(index, &spec, &place, &report, &mut stop, &mut progress).await,
         };
-        let again = stop.borrow().is_none() && spec.restart.restarts(&exit);
+        let kills = progress.killed.as_ref().map_or(0, |(count, _)| *count);
+        // A container that its probes had ended starts again whatever its exit code, but for Never.
+        let again = stop.borrow().is_none()
+            && (spec.restart.restarts(&exit)
+                || (kills > kills_before && spec.restart != RestartPolicy::Never));
         if !again {
             progress.state = State::Terminated(exit);
             let _ = report.send((index, progress)).await;
@@ -283,18 +310,47 @@ async fn once(
             }
         }
     };
+    let (mut passed, mut good) = (spec.probes.starts_at_once(), spec.probes.is_ready_at_once());
     if ready {
-        progress.state = State::Running { started: begun, ready };
+        progress.state = State::Running { started: begun, passed, ready: good };
         let _ = report.send((index, progress.clone())).await;
     }
-    let early = tokio::select! {
-        status = child.wait() => Some(status),
-        () = stopped(stop) => None,
+    let (mut probing, mut verdicts) = if ready {
+        let (probing, verdicts) = spec.probes.run(place, environment(spec, place));
+        (Some(probing), verdicts)
+    } else {
+        (None, mpsc::channel(1).1)
     };
-    let status = match early {
-        Some(status) => status,
-        None => terminate(&mut child, stop).await,
+    let status = loop {
+        let verdict = tokio::select! {
+            status = child.wait() => break status,
+            () = stopped(stop) => {
+                probing = None;
+                break terminate(&mut child, stop).await;
+            }
+            Some(verdict) = verdicts.recv() => verdict,
+        };
+        match verdict {
+            Verdict::Started => passed = true,
+            Verdict::Ready(now) => good = now,
+            Verdict::Unhealthy(cause) => {
+                let count = progress.unhealthy.take().map_or(0, |(count, _)| count);
+                progress.unhealthy = Some((count + 1, cause));
+            }
+            Verdict::Kill { message: cause, grace } => {
+                message.clone_from(&cause);
+                let count = progress.killed.take().map_or(0, |(count, _)| count);
+                progress.killed = Some((count + 1, cause));
+                progress.state = State::Running { started: begun, passed, ready: false };
+                let _ = report.send((index, progress.clone())).await;
+                probing = None;
+                break end_now(&mut child, stop, grace.unwrap_or(place.grace)).await;
+            }
+        }
+        progress.state = State::Running { started: begun, passed, ready: good };
+        let _ = report.send((index, progress.clone())).await;
     };
+    drop(probing);
     match status {
         Ok(status) => exit_of(status, message, begun, &log_path(spec, place)),
         Err(e) => failed_to_start(format!("wait: {e}")),
@@ -306,11 +362,28 @@ async fn stopped(stop: &mut Stop) {
     let _ = stop.wait_for(Option::is_some).await;
 }
 
-async fn terminate(child: &mut Child, stop: &mut Stop) -> std::io::Result<ExitStatus> {
+fn ask_to_end(child: &Child) {
     if let Some(pid) = child.id() {
         // It may have ended this moment.
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
     }
+}
+
+/// Ends the container within its grace although its pod goes on; sooner when the pod ends meanwhile.
+async fn end_now(child: &mut Child, stop: &mut Stop, grace: Duration) -> std::io::Result<ExitStatus> {
+    ask_to_end(child);
+    tokio::select! {
+        status = child.wait() => status,
+        () = stopped(stop) => terminate(child, stop).await,
+        () = tokio::time::sleep(grace) => {
+            child.start_kill()?;
+            child.wait().await
+        }
+    }
+}
+
+async fn terminate(child: &mut Child, stop: &mut Stop) -> std::io::Result<ExitStatus> {
+    ask_to_end(child);
     loop {
         let deadline = stop.borrow_and_update().unwrap_or_else(Instant::now);
         tokio::select! {
@@ -368,10 +441,7 @@ fn open_log(path: &Path) -> std::io::Result<File> {
 
 fn spawn(spec: &ContainerSpec, place: &Place) -> anyhow::Result<Child> {
     let log = open_log(&log_path(spec, place))?;
-    let mut command = enter(Some(&place.cgroup), Some(&place.netns));
-    command.arg("--hostname").arg(&place.hostname);
-    command.arg("--hosts").arg(place.dir.join("hosts"));
-    command.arg("--own-sysfs").arg("--resolv-conf").arg(place.dir.join("resolv.conf"));
+    let mut command = command_in(place);
     command.stdin(Stdio::null()).stderr(log.try_clone()?).current_dir("/").process_group(0);
     match &spec.command {
         Some(shell) => {
@@ -402,6 +472,15 @@ fn spawn(spec: &ContainerSpec, place: &Place) -> anyhow::Result<Child> {
         }
     }
     Ok(command.spawn()?)
+}
+
+/// A program in the pod's place; it follows after `--`.
+pub(super) fn command_in(place: &Place) -> Command {
+    let mut command = enter(Some(&place.cgroup), Some(&place.netns));
+    command.arg("--hostname").arg(&place.hostname);
+    command.arg("--hosts").arg(place.dir.join("hosts"));
+    command.arg("--own-sysfs").arg("--resolv-conf").arg(place.dir.join("resolv.conf"));
+    command
 }
 
 /// What a program started by an annotation finds in its environment.

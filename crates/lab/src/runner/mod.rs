@@ -5,6 +5,7 @@
 
 pub(crate) mod container;
 mod pod;
+mod probe;
 mod sandbox;
 pub(crate) mod status;
 

@@ -213,7 +213,16 @@ impl Task {
             (Some(now), before) if before.as_ref() != Some(now) && now.code != 0 => Some(now.message.clone()),
             _ => None,
         };
+        let unhealthy = newer(progress.unhealthy.as_ref(), view.progress.unhealthy.as_ref());
+        let killed = newer(progress.killed.as_ref(), view.progress.killed.as_ref());
         view.progress = progress;
+        if let Some(message) = unhealthy {
+            self.event(pod, EventType::Warning, "Unhealthy", format!("container {name}: {message}"));
+        }
+        if let Some(message) = killed {
+            let message = format!("container {name}: {message}, it is restarted");
+            self.event(pod, EventType::Normal, "Killing", message);
+        }
         for warning in news {
             self.event(pod, EventType::Warning, "PortNotServed", format!("container {name}: {warning}"));
         }
@@ -299,6 +308,7 @@ impl Task {
         Place {
             cgroup: self.cgroup(),
             netns: self.sandbox.netns.clone(),
+            node_netns: self.node.netns.clone(),
             hostname: etc::hostname(pod, &self.node.plan.name),
             dir: self.dir.clone(),
             namespace: self.key.namespace.clone(),
@@ -381,6 +391,12 @@ impl Task {
     fn event(&self, pod: &Value, type_: EventType, reason: &'static str, message: String) {
         events::record(&self.runner.store, pod, COMPONENT, type_, reason, message);
     }
+}
+
+/// What is counted higher than before.
+fn newer(now: Option<&(u64, String)>, before: Option<&(u64, String)>) -> Option<String> {
+    let (count, message) = now?;
+    (before.is_none_or(|(known, _)| known < count)).then(|| message.clone())
 }
 
 /// The cluster's first family first: `podIP` is the first of `podIPs`.

@@ -194,7 +194,7 @@ pub(crate) fn set_condition(
 fn container_status(container: &ContainerView, view: &View) -> Value {
     let progress = &container.progress;
     let (state, ready, started) = if container.runs() {
-        let running = matches!(progress.state, State::Running { .. });
+        let running = matches!(progress.state, State::Running { passed: true, .. });
         (state_value(&progress.state, container), view.is_ready(container), running)
     } else {
         let at = rfc3339(view.started);
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn phase_and_readiness_follow_from_the_containers() {
-        let running = State::Running { started: at(1), ready: true };
+        let running = State::Running { started: at(1), passed: true, ready: true };
         let waiting = State::Waiting { reason: "CrashLoopBackOff", message: "again".into() };
         let done = State::Terminated(exit(0));
         let failed = State::Terminated(exit(1));
@@ -319,7 +319,7 @@ mod tests {
     fn conditions_keep_their_time_and_those_of_others_stay() {
         let mut pod = json!({"spec": {"readinessGates": [{"conditionType": "lb"}]},
                              "status": {"conditions": [{"type": "other", "status": "True"}]}});
-        let view = view(&[("a", false, false, State::Running { started: at(1), ready: true })]);
+        let view = view(&[("a", false, false, State::Running { started: at(1), passed: true, ready: true })]);
         write(&mut pod, &view, at(5));
         assert_eq!(condition(&pod, "Ready")["reason"], "ReadinessGatesNotReady");
         assert_eq!(condition(&pod, "other")["status"], "True");
@@ -337,7 +337,8 @@ mod tests {
 
     #[test]
     fn readiness_that_is_switched_off_says_so() {
-        let mut view = view(&[("a", false, false, State::Running { started: at(1), ready: true })]);
+        let mut view =
+            view(&[("a", false, false, State::Running { started: at(1), passed: true, ready: true })]);
         view.switched_off = true;
         let mut pod = json!({});
         write(&mut pod, &view, at(5));
