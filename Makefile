@@ -7,11 +7,12 @@
 AS_CALLER := scripts/as-caller
 PODWAY := target/release/podway
 
-.PHONY: help setup build demo test check budget clean
+.PHONY: help setup build demo test vm check budget clean
 
 help:
 	@echo "sudo make demo    set up, build, and bring up the example cluster"
 	@echo "sudo make test    set up, build, and run every test"
+	@echo "sudo make vm      run the datapath's tests on kernel 6.1, in a virtual machine"
 	@echo "sudo make setup   install what is missing (Debian packages, bpf-linker)"
 	@echo "make build        build the kernel object and $(PODWAY)"
 	@echo "make check        formatting, lints, licences"
@@ -33,6 +34,13 @@ test: setup build
 	@$(AS_CALLER) cargo xtask test-build
 	@$(AS_CALLER) cargo build --quiet --package xtask
 	@target/debug/xtask test-run $(TESTS)
+
+# Any kernels: make vm KERNELS="6.1 6.12"
+KERNELS := 6.1
+vm:
+	@scripts/setup qemu-system-x86 xz-utils
+	@$(AS_CALLER) cargo xtask bpf
+	@$(AS_CALLER) cargo xtask vm $(KERNELS:%=--kernel %)
 
 budget: setup
 	@$(AS_CALLER) cargo xtask bpf

@@ -2,12 +2,14 @@
 //!
 //! `cargo xtask bpf` builds the kernel object; `cargo xtask budget` checks and prints its budget on the
 //! running kernel; `cargo xtask test-build` builds every test program and `cargo xtask test-run` runs them,
-//! so that the first can be done as an ordinary user and the second as root.
+//! so that the first can be done as an ordinary user and the second as root. `cargo xtask vm` runs the datapath's
+//! tests on other kernels.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
 mod bpf;
 mod budget;
 mod tests;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -19,8 +21,9 @@ fn main() -> ExitCode {
         ["budget"] => budget::check(),
         ["test-build"] => tests::build(),
         ["test-run", filters @ ..] => tests::run(filters),
+        ["vm", options @ ..] => vm::run(options),
         _ => {
-            eprintln!("usage: cargo xtask bpf | budget | test-build | test-run [FILTER…]");
+            eprintln!("usage: cargo xtask bpf | budget | test-build | test-run [FILTER…] | vm [OPTION…]");
             return ExitCode::from(2);
         }
     };

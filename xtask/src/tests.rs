@@ -3,7 +3,7 @@
 
 use std::{
     env, fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
 };
@@ -17,10 +17,30 @@ fn list_path() -> PathBuf {
     root().join("target/test-programs.json")
 }
 
-/// Builds every test program and writes the list of them.
-pub(crate) fn build() -> Result<()> {
+/// A program that cargo built for tests.
+pub(crate) struct Program {
+    /// Of the cargo target.
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
+    pub(crate) manifest: PathBuf,
+    /// Has the test harness; an example has not.
+    pub(crate) is_test: bool,
+}
+
+impl Program {
+    /// Crate's directory and target: `link: netlink`.
+    pub(crate) fn label(&self) -> String {
+        let directory = self.manifest.parent().and_then(Path::file_name).unwrap_or_default();
+        format!("{}: {}", directory.to_string_lossy(), self.name)
+    }
+}
+
+/// Builds what `cargo test` builds with these arguments, ordered by crate and name.
+pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<Program>> {
     let output = Command::new("cargo")
-        .args(["test", "--workspace", "--locked", "--no-run", "--message-format=json-render-diagnostics"])
+        .arg("test")
+        .args(arguments)
+        .args(["--locked", "--no-run", "--message-format=json-render-diagnostics"])
         .current_dir(root())
         .stderr(Stdio::inherit())
         .output()
@@ -33,14 +53,26 @@ pub(crate) fn build() -> Result<()> {
         let message: Value =
             serde_json::from_slice(line).context("cargo printed something other than JSON")?;
         let Some(executable) = message.get("executable").and_then(Value::as_str) else { continue };
-        if message.pointer("/profile/test") != Some(&Value::Bool(true)) {
-            continue;
-        }
         let manifest = message.get("manifest_path").and_then(Value::as_str).unwrap_or_default();
         let name = message.pointer("/target/name").and_then(Value::as_str).unwrap_or_default();
-        programs.push(json!({"name": name, "executable": executable, "manifest": manifest}));
+        programs.push(Program {
+            name: name.to_owned(),
+            executable: executable.into(),
+            manifest: manifest.into(),
+            is_test: message.pointer("/profile/test") == Some(&Value::Bool(true)),
+        });
     }
-    programs.sort_by_key(|p| p["manifest"].to_string() + &p["name"].to_string());
+    programs.sort_by(|a, b| (&a.manifest, &a.name).cmp(&(&b.manifest, &b.name)));
+    Ok(programs)
+}
+
+/// Builds every test program and writes the list of them.
+pub(crate) fn build() -> Result<()> {
+    let programs: Vec<Value> = programs(&["--workspace"])?
+        .iter()
+        .filter(|p| p.is_test)
+        .map(|p| json!({"name": p.name, "executable": p.executable, "manifest": p.manifest}))
+        .collect();
     fs::write(list_path(), serde_json::to_vec_pretty(&programs)?)?;
     println!("{} test programs built", programs.len());
     Ok(())
