@@ -77,6 +77,9 @@ impl Datapath {
 
     /// Removes the programs from the underlay device.
     ///
+    /// The kernel lets go of a pinned TCX link after an RCU grace period: packets of the milliseconds after this
+    /// call may still meet the program.
+    ///
     /// # Errors
     /// When it is attached and cannot be detached.
     pub fn detach_uplink(&self, ifindex: u32) -> Result<()> {
