@@ -120,6 +120,26 @@ fn encoded_len(object: &Value) -> usize {
     count.0
 }
 
+/// Memory that a value takes, roughly: an object's fields lie in tree nodes of room for eleven, mostly half full, and
+/// every text is an allocation of its own. That is several times the length of its JSON.
+pub(crate) fn footprint(value: &Value) -> usize {
+    const NODE: usize = 11 * (size_of::<String>() + size_of::<Value>()) + 16;
+    let allocation = |len: usize| (len + 8).max(24).next_multiple_of(16);
+    size_of::<Value>()
+        + match value {
+            Value::String(text) => allocation(text.len()),
+            Value::Array(items) => allocation(0) + items.iter().map(footprint).sum::<usize>(),
+            Value::Object(fields) => {
+                let contents: usize = fields
+                    .iter()
+                    .map(|(key, value)| allocation(key.len()) + footprint(value) - size_of::<Value>())
+                    .sum();
+                fields.len().div_ceil(6) * NODE + contents
+            }
+            _ => 0,
+        }
+}
+
 fn is_deeper_than(value: &Value, limit: usize) -> bool {
     let Some(left) = limit.checked_sub(1) else { return true };
     match value {

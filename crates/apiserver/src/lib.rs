@@ -7,8 +7,8 @@
 //! - [`Store`] holds objects as JSON values by resource, namespace and name, counts one resource version, remembers
 //!   a bounded window of changes per resource for watches, and does the life cycle of objects: finalizers, graceful
 //!   deletion of pods, removal of dependents, namespaces that empty themselves.
-//! - [`serve`] speaks HTTP/1.1 for it: get, list, watch, create, update, patch, delete, status, scale, discovery
-//!   and the tables that `kubectl get` prints.
+//! - [`serve`] speaks HTTP/1.1 for it: get, list, watch, create, update, patch, delete, status, scale, discovery,
+//!   the schema (OpenAPI v2 and v3) and the tables that `kubectl get` prints.
 //!
 //! Both are two doors to the same thing: what is written through one is seen at once through the other.
 
@@ -18,6 +18,7 @@ mod events;
 mod http;
 mod json;
 mod kinds;
+mod openapi;
 mod patch;
 mod selector;
 mod store;

@@ -647,3 +647,28 @@ fn a_watcher_beside_many_writers_sees_the_world_as_it_is() {
     assert_eq!(seen.values().collect::<Vec<_>>(), list.items.iter().collect::<Vec<_>>());
     assert!(last > 800);
 }
+
+#[test]
+fn remembered_changes_take_a_bounded_amount_of_memory() {
+    let watched_since = |config: StoreConfig| {
+        let store = Arc::new(Store::new(config));
+        create(&store, config_map("small"));
+        let early = store.revision();
+        for round in 0..200 {
+            let mut object = pod("p", "n1");
+            object["metadata"]["annotations"] = json!({"note": format!("{round}{}", "x".repeat(10_000))});
+            store.put(object).unwrap();
+        }
+        let from = |resource: &str, revision| {
+            let options = WatchOptions { from: Some(revision), ..WatchOptions::default() };
+            store.watch(&core(resource), None, options).map(|_| ()).map_err(|error| error.code)
+        };
+        // The large objects are forgotten first; what takes little stays, and the newest change always does.
+        (from("pods", early), from("pods", store.revision() - 1), from("configmaps", early - 1))
+    };
+    assert_eq!(watched_since(StoreConfig::default()), (Ok(()), Ok(()), Ok(())));
+    let small = StoreConfig { watch_window_bytes: 500_000, ..StoreConfig::default() };
+    assert_eq!(watched_since(small), (Err(410), Ok(()), Ok(())));
+    let tiny = StoreConfig { watch_window_bytes: 1, ..StoreConfig::default() };
+    assert_eq!(watched_since(tiny), (Err(410), Ok(()), Ok(())));
+}

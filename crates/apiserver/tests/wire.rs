@@ -164,7 +164,7 @@ fn discovery_says_what_a_real_server_says() {
     assert!(compared > 50, "{compared}");
     assert_eq!(server.get("/apis/nope/v1").0, 404);
     assert_eq!(server.get("/apis/apps/v2").0, 404);
-    assert_eq!(server.get("/openapi/v2").1["reason"], "NotFound");
+    assert_eq!(server.get("/metrics").1["reason"], "NotFound");
     assert_eq!(server.get("/").1["paths"][0], "/api");
 }
 
@@ -465,7 +465,7 @@ fn events_are_one_kind_in_two_groups() {
     let (_, table) = server.call("GET", "/api/v1/events", &[TABLE], "");
     let cells = &table["rows"][0]["cells"];
     assert_eq!(
-        (&cells[2], &cells[4], &cells[7], &cells[9]),
+        (&cells[1], &cells[3], &cells[6], &cells[8]),
         (&json!("Warning"), &json!("node/n1"), &json!("smaller path"), &json!(2))
     );
 }
@@ -502,4 +502,82 @@ fn custom_kinds_are_served_in_all_their_versions() {
     server.store.delete(&key, &DeleteOptions::default()).unwrap();
     assert_eq!(server.get("/apis/example.com/v1/widgets").0, 404);
     assert_eq!(server.get("/apis/example.com").0, 404);
+}
+
+#[test]
+fn the_schema_is_served_in_the_forms_that_clients_ask_for() {
+    let server = Server::start(StoreConfig::default(), None);
+    let (status, v2) = server.get("/openapi/v2");
+    assert_eq!(status, 200);
+    let pod = &v2["definitions"]["io.k8s.api.core.v1.Pod"];
+    assert_eq!(
+        pod["x-kubernetes-group-version-kind"],
+        json!([{"group": "", "version": "v1", "kind": "Pod"}])
+    );
+    for (path, accept, expected) in [
+        ("/openapi/v2", "text/html", 406),
+        ("/openapi/v3", "application/json", 200),
+        ("/openapi/v3/apis/apps/v1", "application/json", 200),
+        ("/openapi/v3/apis/apps/v1", "application/com.github.proto-openapi.spec.v3@v1.0+protobuf", 406),
+        ("/openapi/v3/apis/apps/v9", "application/json", 404),
+    ] {
+        let (status, body) = server.call("GET", path, &[("Accept", accept)], "");
+        assert_eq!(status, expected, "{path} as {accept}: {body}");
+    }
+    assert_eq!(server.post("/openapi/v2", &json!({})).0, 405);
+    let (_, index) = server.get("/openapi/v3");
+    assert_eq!(index["paths"]["apis/apps/v1"]["serverRelativeURL"], "/openapi/v3/apis/apps/v1");
+    // A custom kind appears with its definition.
+    let definition = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "widgets.example.com"}, "spec": {"group": "example.com", "scope": "Namespaced",
+            "names": {"plural": "widgets", "kind": "Widget"}, "versions": [{"name": "v1", "served": true,
+                "storage": true, "schema": {"openAPIV3Schema": {"type": "object", "properties": {
+                    "spec": {"type": "object"}}}}}]}});
+    assert_eq!(server.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).0, 201);
+    let (_, document) = server.get("/openapi/v3/apis/example.com/v1");
+    let widget = &document["components"]["schemas"]["com.example.v1.Widget"];
+    assert_eq!(widget["properties"]["spec"], json!({"type": "object"}));
+}
+
+#[test]
+fn what_is_not_done_here_says_so_in_a_status() {
+    let server = Server::start(StoreConfig::default(), None);
+    let pod = "/api/v1/namespaces/default/pods/p";
+    for (method, path, code, words) in [
+        ("POST", format!("{pod}/eviction"), 501, "does not evict"),
+        ("POST", format!("{pod}/binding"), 501, "spec.nodeName"),
+        ("GET", format!("{pod}/log"), 501, "podway lab exec"),
+        ("POST", format!("{pod}/exec"), 501, "podway lab exec"),
+        ("GET", format!("{pod}/proxy/x"), 501, "connects to no pod"),
+        ("PATCH", format!("{pod}/ephemeralcontainers"), 501, "create it anew"),
+        ("POST", "/api/v1/namespaces/default/serviceaccounts/a/token".to_owned(), 501, "makes no tokens"),
+        ("GET", format!("{pod}/nothing"), 404, "could not find"),
+        ("GET", "/apis/apps/v1/namespaces/default/deployments/d/log".to_owned(), 404, "could not find"),
+        ("GET", "/apis/metrics.k8s.io/v1beta1/nodes".to_owned(), 404, "could not find"),
+    ] {
+        let (status, body) = server.call(method, &path, &[("Content-Type", "application/json")], "{}");
+        assert_eq!(
+            (status, &body["kind"], &body["code"]),
+            (code, &json!("Status"), &json!(code)),
+            "{path}: {body}"
+        );
+        assert!(body["message"].as_str().unwrap().contains(words), "{path}: {body}");
+    }
+}
+
+#[test]
+fn everybody_may_do_everything() {
+    let server = Server::start(StoreConfig::default(), None);
+    let base = "/apis/authorization.k8s.io/v1";
+    let spec = json!({"resourceAttributes": {"verb": "get", "resource": "pods"}});
+    let review = json!({"kind": "SelfSubjectAccessReview", "spec": spec});
+    let (status, body) = server.post(&format!("{base}/selfsubjectaccessreviews"), &review);
+    assert_eq!((status, &body["status"]["allowed"], &body["spec"]), (201, &json!(true), &spec));
+    let (_, body) = server.post(
+        &format!("{base}/selfsubjectrulesreviews"),
+        &json!({"kind": "SelfSubjectRulesReview", "spec": {}}),
+    );
+    assert_eq!(body["status"]["resourceRules"][0]["verbs"], json!(["*"]));
+    assert_eq!(server.post(&format!("{base}/selfsubjectaccessreviews"), &json!(["x"])).0, 400);
+    assert_eq!(server.get(&format!("{base}/selfsubjectaccessreviews")).0, 405);
 }

@@ -34,11 +34,11 @@ pub(super) fn answer(store: &Store, route: &Route, address: &str) -> Result<Valu
             Ok(body)
         }
         Route::Resources { group, version } => resources(&kinds, group, version),
-        Route::Health | Route::Version | Route::Resource(_) => Err(ApiError::no_such_resource()),
+        _ => Err(ApiError::no_such_resource()),
     }
 }
 
-fn all_kinds(store: &Store) -> Vec<Arc<KindInfo>> {
+pub(super) fn all_kinds(store: &Store) -> Vec<Arc<KindInfo>> {
     let mut kinds = store.kinds();
     let alias = kinds.iter().find(|kind| kind.is("", "Event")).map(|core| Arc::new(events::alias(core)));
     kinds.extend(alias);
@@ -76,7 +76,9 @@ fn root(kinds: &[Arc<KindInfo>]) -> Value {
         paths.push(format!("/apis/{name}"));
         paths.extend(versions.iter().map(|version| format!("/apis/{name}/{version}")));
     }
-    paths.extend(["/healthz", "/livez", "/readyz", "/version"].map(str::to_owned));
+    paths.extend(
+        ["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"].map(str::to_owned),
+    );
     json!({"paths": paths})
 }
 

@@ -3,9 +3,11 @@
 mod body;
 mod discovery;
 mod media;
+mod openapi;
 mod protobuf;
 mod query;
 mod resource;
+mod review;
 mod route;
 mod scale;
 mod stream;
@@ -158,6 +160,7 @@ impl Server {
         let route = route?;
         let route = match route {
             Route::Resource(target) => return resource::answer(&self.store, target, request).await,
+            Route::AccessReview => return review::answer(request).await,
             other => other,
         };
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -166,6 +169,9 @@ impl Server {
         Ok(match route {
             Route::Health => text_response("ok"),
             Route::Version => json_response(StatusCode::OK, &version()),
+            Route::OpenApiV2 | Route::OpenApiV3Index | Route::OpenApiV3 { .. } => {
+                openapi::answer(&self.store, &route, request.headers())?
+            }
             other => json_response(StatusCode::OK, &discovery::answer(&self.store, &other, &self.address)?),
         })
     }

@@ -1,7 +1,7 @@
 //! Requests for resources and objects: which verb it is, and what it answers.
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -16,6 +16,10 @@ use crate::events;
 use crate::json;
 use crate::patch::Patch;
 use crate::store::{DeleteOptions, DeleteOutcome, Store, Subresource};
+
+/// What a server-side apply tells its client (RFC 9111's predecessor, RFC 7234 section 5.5: code 299, no agent).
+const APPLY_WARNING: &str = "299 - \"this API server of a lab merges what is applied and keeps no field ownership: \
+                             fields that are no longer applied stay, and there are no conflicts\"";
 
 pub(super) async fn answer(
     store: &Arc<Store>,
@@ -48,14 +52,37 @@ pub(super) async fn answer(
             _ => Err(ApiError::method_not_allowed()),
         },
         Some("scale") if call.target.kind.scale.is_some() => call.scale(&parts.method),
-        Some("log" | "exec" | "attach" | "portforward") if call.target.kind.is("", "Pod") => {
-            Err(ApiError::not_implemented(
-                "this API server of a lab keeps objects only and reaches into no container: use `podway lab exec \
-                 NAMESPACE/POD -- COMMAND` instead",
-            ))
-        }
-        Some(_) => Err(ApiError::no_such_resource()),
+        Some(other) => Err(unsupported(&call.target, other)),
     }
+}
+
+/// Why a subresource is not served: what needs a kubelet or another server says so, the rest does not exist.
+fn unsupported(target: &Target, subresource: &str) -> ApiError {
+    let first = subresource.split('/').next().unwrap_or_default();
+    let kind =
+        if target.kind.group.is_empty() && !target.kind.custom { target.kind.kind.as_str() } else { "" };
+    let why = match (kind, first) {
+        ("Pod", "log" | "exec" | "attach" | "portforward") => {
+            "this API server of a lab keeps objects only and reaches into no container: use `podway lab exec \
+             NAMESPACE/POD -- COMMAND` instead"
+        }
+        ("Pod" | "Service" | "Node", "proxy") => {
+            "this API server of a lab keeps objects only and connects to no pod, service or node: use `podway lab \
+             exec NAMESPACE/POD -- COMMAND` instead"
+        }
+        ("Pod", "eviction") => {
+            "this API server of a lab does not evict: delete the pod instead, disruption budgets are not looked at"
+        }
+        ("Pod", "binding") => "this API server of a lab does not bind: set spec.nodeName of the pod instead",
+        ("Pod", "ephemeralcontainers" | "resize") => {
+            "this API server of a lab does not change the containers of a pod that exists: delete it and create it anew"
+        }
+        ("ServiceAccount", "token") => {
+            "this API server of a lab makes no tokens: it knows one, in the kubeconfig"
+        }
+        _ => return ApiError::no_such_resource(),
+    };
+    ApiError::not_implemented(why)
 }
 
 struct Call<'a> {
@@ -138,7 +165,11 @@ impl Call<'_> {
         let exists = self.store.get(&key).is_ok();
         let patched = self.store.patch(&key, &patch, part, self.query.write()?)?;
         let status = if exists { StatusCode::OK } else { StatusCode::CREATED };
-        Ok(bytes_response(status, presenter.object(&patched)))
+        let mut response = bytes_response(status, presenter.object(&patched));
+        if matches!(patch, Patch::Apply(_)) {
+            response.headers_mut().insert(header::WARNING, HeaderValue::from_static(APPLY_WARNING));
+        }
+        Ok(response)
     }
 
     fn delete(&self) -> Result<Response<ResponseBody>, ApiError> {

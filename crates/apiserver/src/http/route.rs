@@ -30,6 +30,19 @@ pub(super) enum Route {
         /// Version within the group.
         version: String,
     },
+    /// `/openapi/v2`.
+    OpenApiV2,
+    /// `/openapi/v3`: where its documents are.
+    OpenApiV3Index,
+    /// `/openapi/v3/api/v1` or `/openapi/v3/apis/{group}/{version}`.
+    OpenApiV3 {
+        /// API group, empty for core.
+        group: String,
+        /// Version within the group.
+        version: String,
+    },
+    /// Asks what the caller may do.
+    AccessReview,
     /// A resource, an object or a subresource.
     Resource(Target),
 }
@@ -86,6 +99,20 @@ impl Route {
             [] => Ok(Self::Root),
             ["healthz" | "livez" | "readyz", ..] => Ok(Self::Health),
             ["version"] => Ok(Self::Version),
+            ["openapi", "v2"] => Ok(Self::OpenApiV2),
+            ["openapi", "v3"] => Ok(Self::OpenApiV3Index),
+            ["openapi", "v3", "api", version] => {
+                Ok(Self::OpenApiV3 { group: String::new(), version: version.to_owned() })
+            }
+            ["openapi", "v3", "apis", group, version] => {
+                Ok(Self::OpenApiV3 { group: group.to_owned(), version: version.to_owned() })
+            }
+            [
+                "apis",
+                "authorization.k8s.io",
+                "v1",
+                "selfsubjectaccessreviews" | "selfsubjectrulesreviews",
+            ] => Ok(Self::AccessReview),
             ["api"] => Ok(Self::CoreVersions),
             ["apis"] => Ok(Self::Groups),
             ["apis", group] => Ok(Self::Group(group.to_owned())),

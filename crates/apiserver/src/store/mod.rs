@@ -43,7 +43,7 @@ impl Store {
     /// An empty cluster: the built-in kinds and the namespaces `default`, `kube-system`, `kube-public` and
     /// `kube-node-lease`.
     pub fn new(config: StoreConfig) -> Self {
-        let mut state = State::new(config.watch_window.max(1));
+        let mut state = State::new(config.watch_window.max(1), config.watch_window_bytes);
         for kind in kinds::built_in() {
             state.add_kind(kind);
         }

@@ -15,6 +15,9 @@ pub type Defaulter = Arc<dyn Fn(&KindInfo, &mut Value) + Send + Sync>;
 pub struct StoreConfig {
     /// Changes remembered per resource. A watcher that falls further behind gets 410 and must list again.
     pub watch_window: usize,
+    /// Memory in bytes, roughly, that the remembered changes of all resources may take together; beyond it, the
+    /// resource that takes the most forgets its oldest.
+    pub watch_window_bytes: usize,
     /// Objects of all kinds together; creating more is refused with 503.
     pub max_objects: usize,
     /// Events (core/v1) kept; the oldest go first.
@@ -25,7 +28,13 @@ pub struct StoreConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { watch_window: 2048, max_objects: 200_000, max_events: 5_000, defaulter: None }
+        Self {
+            watch_window: 2048,
+            watch_window_bytes: 32 * 1024 * 1024,
+            max_objects: 200_000,
+            max_events: 5_000,
+            defaulter: None,
+        }
     }
 }
 
@@ -33,6 +42,7 @@ impl fmt::Debug for StoreConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StoreConfig")
             .field("watch_window", &self.watch_window)
+            .field("watch_window_bytes", &self.watch_window_bytes)
             .field("max_objects", &self.max_objects)
             .field("max_events", &self.max_events)
             .field("defaulter", &self.defaulter.is_some())

@@ -24,6 +24,8 @@ pub(super) struct Change {
     /// The new state; for a deletion the last state, with the deletion's resource version.
     pub(super) object: Arc<Value>,
     pub(super) deleted: bool,
+    /// Memory of `object`, roughly; `previous` is an earlier change's.
+    pub(super) bytes: usize,
 }
 
 /// All objects of one resource.
@@ -32,6 +34,8 @@ pub(super) struct Collection {
     pub(super) kind: Arc<KindInfo>,
     pub(super) objects: BTreeMap<ObjectName, Arc<Value>>,
     pub(super) window: VecDeque<Change>,
+    /// Memory of the window, roughly.
+    window_bytes: usize,
     /// Revision of the newest change that fell out of the window; 0 if none did.
     pub(super) forgotten: u64,
     /// Wakes watchers up. Dropped with the collection.
@@ -42,6 +46,9 @@ pub(super) struct Collection {
 pub(super) struct State {
     revision: u64,
     window_limit: usize,
+    /// Limit for the memory of all windows, and what they take.
+    window_bytes_limit: usize,
+    window_bytes: usize,
     /// Resources in discovery order.
     order: Vec<GroupResource>,
     collections: HashMap<GroupResource, Collection>,
@@ -56,10 +63,12 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(window_limit: usize) -> Self {
+    pub(super) fn new(window_limit: usize, window_bytes_limit: usize) -> Self {
         Self {
             revision: 0,
             window_limit,
+            window_bytes_limit,
+            window_bytes: 0,
             order: Vec::new(),
             collections: HashMap::new(),
             object_count: 0,
@@ -82,6 +91,7 @@ impl State {
             kind,
             objects: BTreeMap::new(),
             window: VecDeque::new(),
+            window_bytes: 0,
             // A resource that appears later knows nothing of the time before.
             forgotten: self.revision,
             tip: signal::Sender::new(self.revision),
@@ -92,7 +102,9 @@ impl State {
     /// Forgets a resource; its objects must be gone. Its watchers end.
     pub(super) fn remove_kind(&mut self, resource: &GroupResource) {
         self.order.retain(|known| known != resource);
-        self.collections.remove(resource);
+        if let Some(gone) = self.collections.remove(resource) {
+            self.window_bytes -= gone.window_bytes;
+        }
     }
 
     /// Stores an object's new state under the next resource version and returns it.
@@ -107,9 +119,14 @@ impl State {
         if previous.is_none() {
             self.object_count += 1;
         }
-        let change =
-            Change { revision, previous: previous.clone(), object: Arc::clone(&object), deleted: false };
-        collection.record(change, self.window_limit);
+        let change = Change {
+            revision,
+            previous: previous.clone(),
+            object: Arc::clone(&object),
+            deleted: false,
+            bytes: json::footprint(&object),
+        };
+        self.record(&key.resource, change);
         if let Some(previous) = previous {
             self.unindex(key, &previous);
         }
@@ -131,10 +148,30 @@ impl State {
             previous: Some(Arc::clone(&previous)),
             object: Arc::clone(&last),
             deleted: true,
+            bytes: json::footprint(&last),
         };
-        collection.record(change, self.window_limit);
+        self.record(&key.resource, change);
         self.unindex(key, &previous);
         Some(last)
+    }
+
+    /// Remembers a change, and forgets the oldest ones that go beyond the limits.
+    fn record(&mut self, resource: &GroupResource, change: Change) {
+        let Some(collection) = self.collections.get_mut(resource) else { return };
+        let revision = change.revision;
+        self.window_bytes += change.bytes;
+        collection.window_bytes += change.bytes;
+        collection.window.push_back(change);
+        while collection.window.len() > self.window_limit {
+            self.window_bytes -= collection.forget_oldest();
+        }
+        collection.tip.send_replace(revision);
+        // One change stays in every window: whoever has read up to it may go on.
+        while self.window_bytes > self.window_bytes_limit {
+            let largest = self.collections.values_mut().filter(|collection| collection.window.len() > 1);
+            let Some(largest) = largest.max_by_key(|collection| collection.window_bytes) else { break };
+            self.window_bytes -= largest.forget_oldest();
+        }
     }
 
     fn index(&mut self, key: &ResourceKey, object: &Value) {
@@ -240,15 +277,12 @@ impl State {
 }
 
 impl Collection {
-    fn record(&mut self, change: Change, limit: usize) {
-        let revision = change.revision;
-        self.window.push_back(change);
-        while self.window.len() > limit {
-            if let Some(oldest) = self.window.pop_front() {
-                self.forgotten = oldest.revision;
-            }
-        }
-        self.tip.send_replace(revision);
+    /// Drops the oldest change and returns its memory.
+    fn forget_oldest(&mut self) -> usize {
+        let Some(oldest) = self.window.pop_front() else { return 0 };
+        self.forgotten = oldest.revision;
+        self.window_bytes -= oldest.bytes;
+        oldest.bytes
     }
 
     /// The changes after a revision, oldest first.

@@ -25,6 +25,8 @@ type Cells = fn(&Value, Timestamp) -> Vec<Value>;
 #[derive(Debug)]
 pub(crate) struct Table {
     columns: Vec<PrinterColumn>,
+    /// Whether the name comes first; events have it at the end of the wide form.
+    name_first: bool,
     printer: Printer,
 }
 
@@ -62,22 +64,22 @@ fn column(title: &str, type_: &str, priority: i64) -> PrinterColumn {
 impl Table {
     /// The table of a kind in one of its versions.
     pub(crate) fn of(kind: &KindInfo, version: &str) -> Self {
-        let mut columns = vec![column("Name", "string", 0)];
+        let name_first = !kind.is("", "Event");
+        let mut columns = if name_first { vec![column("Name", "string", 0)] } else { Vec::new() };
         if let Some((titles, cells)) = built_in(kind) {
             for title in titles.split('|') {
                 let (title, priority) = title.strip_prefix('*').map_or((title, 0), |title| (title, 1));
                 let (title, type_) =
                     title.strip_prefix('#').map_or((title, "string"), |title| (title, "integer"));
-                // The one table whose last column is called like its first.
-                columns.push(PrinterColumn { format: String::new(), ..column(title, type_, priority) });
+                columns.push(column(title, type_, priority));
             }
-            return Self { columns, printer: Printer::BuiltIn(cells) };
+            return Self { columns, name_first, printer: Printer::BuiltIn(cells) };
         }
         if let Some(custom) = kind.columns.get(version) {
             columns.extend(custom.iter().cloned());
             let paths =
                 custom.iter().map(|column| (JsonPath::parse(&column.json_path), column.type_.clone()));
-            return Self { columns, printer: Printer::Custom(paths.collect()) };
+            return Self { columns, name_first, printer: Printer::Custom(paths.collect()) };
         }
         let (title, type_, printer) = if kind.custom {
             ("Age", "date", Printer::Age)
@@ -85,7 +87,7 @@ impl Table {
             ("Created At", "date", Printer::CreatedAt)
         };
         columns.push(column(title, type_, 0));
-        Self { columns, printer }
+        Self { columns, name_first, printer }
     }
 
     /// `columnDefinitions`.
@@ -101,7 +103,7 @@ impl Table {
 
     /// An object's row.
     pub(crate) fn cells(&self, object: &Value, now: Timestamp) -> Vec<Value> {
-        let mut cells = vec![json!(json::name(object))];
+        let mut cells = if self.name_first { vec![json!(json::name(object))] } else { Vec::new() };
         match &self.printer {
             Printer::BuiltIn(printer) => cells.extend(printer(object, now)),
             Printer::Custom(paths) => {
