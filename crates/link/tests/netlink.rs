@@ -79,6 +79,11 @@ fn a_veth_pair_is_made_across_namespaces_as_asked() {
     assert_eq!((changed.name.as_str(), changed.mtu, changed.up), ("eth0", 1380, true));
     let here = netlink.link_by_index(found.index).unwrap().unwrap();
     assert_eq!((here.name.as_str(), here.mtu, here.carrier), ("pw0123456789ab", 1450, true));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(3);
+    while !netlink.link_by_index(found.index).unwrap().unwrap().operational {
+        assert!(std::time::Instant::now() < deadline, "a link with a carrier becomes operational");
+    }
+    assert!(!found.operational, "not without the peer");
     assert_eq!(netlink.peer_link(nsid, 99).unwrap(), None);
     let address = AddressFlags { nodad: true, ..AddressFlags::default() };
     let mut inside = pod.netlink();
@@ -218,6 +223,30 @@ fn links_are_changed_and_put_into_a_bridge() {
     assert!(netlink.set_mtu(0, 1500).unwrap_err().to_string().contains("begin at 1"));
     assert_eq!(netlink.link_by_name("nobody").unwrap(), None);
     assert_eq!(netlink.link_by_index(999).unwrap(), None);
+}
+
+#[test]
+fn a_group_is_deleted_at_once() {
+    if !root() {
+        return;
+    }
+    let node = Namespace::new("group");
+    let mut netlink = node.netlink();
+    let mut names: Vec<String> = vec!["lo".into()];
+    for n in 0..6 {
+        let link = netlink.create_veth(&veth(&format!("a{n}"), &format!("b{n}"))).unwrap();
+        if n % 2 == 0 {
+            netlink.set_group(link.index, 4711).unwrap();
+            assert_eq!(netlink.link_by_index(link.index).unwrap().unwrap().group, 4711);
+        } else {
+            names.extend([format!("b{n}"), format!("a{n}")]);
+        }
+    }
+    assert!(netlink.delete_group(4711).unwrap());
+    assert!(!netlink.delete_group(4711).unwrap(), "it has no links any more");
+    assert!(netlink.delete_group(0).unwrap_err().to_string().contains("all links that have none"));
+    let left: Vec<String> = netlink.links().unwrap().into_iter().map(|link| link.name).collect();
+    assert_eq!(left, names);
 }
 
 #[test]
