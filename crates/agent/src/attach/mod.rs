@@ -367,6 +367,7 @@ impl Attacher {
         steps::host_side(&mut netlink, link.index, id, &lease.addresses, self.node())?;
         crash::point("add.host");
         steps::pod_side(id, &link, &lease.addresses, mtu, netns)?;
+        steps::wait_operational(&mut netlink, link.index)?;
         crash::point("add.pod");
         self.datapath.set_endpoint(&endpoint(link.index, id, &lease.addresses))?;
         crash::point("add.endpoint");

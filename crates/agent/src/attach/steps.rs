@@ -8,11 +8,13 @@
 //! ```
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podway_bpf_host::Datapath;
 use podway_cni::{AddResult, Interface, IpConfig, Route as CniRoute};
 use podway_link::{AddressFlags, Link, Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter, VethSpec, sysctl};
+use tracing::warn;
 
 use super::AttachError;
 use crate::config::{GATEWAY_V4, GATEWAY_V6};
@@ -23,6 +25,8 @@ use crate::network::{NodeAddresses, pod_link};
 const SCOPE_LINK: u8 = 253;
 /// Links that are removed to make room for one pair: there may be one for each side, and either may come again.
 const CLEARINGS: usize = 4;
+/// Longest time that the kernel takes to notice that a link has a carrier (net/core/link_watch.c: a second).
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The host side of an attachment, marked as gone or not.
 pub(super) fn find_link(netlink: &mut Netlink, id: &AttachmentId) -> Result<Option<Link>, AttachError> {
@@ -156,7 +160,42 @@ pub(super) fn host_route(ifindex: u32, address: IpAddr, node: NodeAddresses) -> 
     }
 }
 
-/// Configures the pod's side and sets it up.
+/// Waits until a link whose other side is up takes packets: until the kernel has noticed, it drops them.
+pub(super) fn wait_operational(netlink: &mut Netlink, index: u32) -> Result<(), AttachError> {
+    wait("the link takes no packets yet", index, || {
+        Ok(netlink.link_by_index(index)?.is_none_or(|link| link.operational))
+    })
+}
+
+/// Waits until the kernel takes packets for the pod's addresses: for IPv6 that is some time after the link is
+/// operational, without duplicate address detection as well.
+fn wait_local(netlink: &mut Netlink, index: u32, addresses: &[IpAddr]) -> Result<(), AttachError> {
+    for address in addresses.iter().filter(|a| a.is_ipv6()) {
+        wait("the address takes no packets yet", index, || {
+            Ok(netlink.route_to(*address)?.is_some_and(|to| to.local))
+        })?;
+    }
+    Ok(())
+}
+
+fn wait(
+    what: &str,
+    index: u32,
+    mut done: impl FnMut() -> Result<bool, AttachError>,
+) -> Result<(), AttachError> {
+    let deadline = Instant::now() + NOTICE_TIMEOUT;
+    while !done()? {
+        if Instant::now() >= deadline {
+            // It becomes so by itself; a pod that loses its first packets is better than none.
+            warn!(index, "a new pod loses its first packets: {what}");
+            break;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Ok(())
+}
+
+/// Configures the pod's side and sets it up. The link takes packets afterwards.
 pub(super) fn pod_side(
     id: &AttachmentId,
     host: &Link,
@@ -189,7 +228,8 @@ pub(super) fn pod_side(
             netlink.replace_route(&route)?;
         }
     }
-    Ok(())
+    wait_operational(&mut netlink, index)?;
+    wait_local(&mut netlink, index, addresses)
 }
 
 fn pod_link_index(netlink: &mut Netlink, id: &AttachmentId) -> Result<u32, AttachError> {

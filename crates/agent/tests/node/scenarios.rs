@@ -28,6 +28,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("gc_removes_what_the_runtime_does_not_know", gc_removes_what_the_runtime_does_not_know),
     ("del_works_without_the_namespace", del_works_without_the_namespace),
     ("one_namespace_is_attached_a_thousand_times", one_namespace_is_attached_a_thousand_times),
+    ("not_even_the_first_packet_is_lost", not_even_the_first_packet_is_lost),
     ("what_is_not_ours_is_not_replaced", what_is_not_ours_is_not_replaced),
     ("an_address_that_no_pod_has_is_unreachable", an_address_that_no_pod_has_is_unreachable),
     ("the_node_reaches_its_pods_from_its_own_address", the_node_reaches_its_pods_from_its_own_address),
@@ -277,33 +278,56 @@ fn death_at_each_step_of_del_leaves_nothing() {
 fn many_at_once_leave_nothing() {
     let world = World::ready();
     let node = &world.nodes[0];
+    give_room(&world);
     let pods: Vec<Pod> = (0..50).map(|n| world.pod(&format!("m{n}"))).collect();
+    let begun = Instant::now();
     let mut ips: Vec<IpAddr> = std::thread::scope(|scope| {
         let threads: Vec<_> = pods.iter().map(|pod| scope.spawn(|| addresses(node, pod))).collect();
         threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
     });
+    println!("  50 ADDs at once: {:?}", begun.elapsed());
     ips.sort_unstable();
     ips.dedup();
     assert_eq!(ips.len(), 100, "every pod has two addresses of its own");
     assert_eq!(node.metric("podway_pods "), 50.0);
     println!("  resident with 50 pods: {:.1} MB", node.metric("podway_resident_memory_bytes") / 1e6);
+    let begun = Instant::now();
     std::thread::scope(|scope| {
         for pod in &pods {
             scope.spawn(|| node.del(&pod.name).unwrap());
         }
     });
+    println!("  50 DELs at once: {:?}", begun.elapsed());
     node.assert_empty();
-    // One after the other: what an ADD takes.
-    let mut times = Vec::new();
-    for pod in &pods {
+    println!("  … and nothing left: {:?}", begun.elapsed());
+    // One after the other, as pods come and go on a node.
+    let (mut adds, mut dels) = (Vec::new(), Vec::new());
+    for pod in pods.iter().cycle().take(1000) {
         let begun = Instant::now();
         addresses(node, pod);
-        times.push(begun.elapsed());
+        adds.push(begun.elapsed());
+        let begun = Instant::now();
         node.del(&pod.name).unwrap();
+        dels.push(begun.elapsed());
     }
-    times.sort_unstable();
-    println!("  ADD: median {:?}, longest {:?}", times[times.len() / 2], times[times.len() - 1]);
+    print_times("ADD", adds);
+    print_times("DEL", dels);
     node.assert_empty();
+}
+
+/// A freed address rests for 30 s, so a /24 would be used up within a few.
+fn give_room(world: &World) {
+    let mut large = node_object(1);
+    large["spec"] = json!({"podCIDRs": ["10.244.16.0/20", "fd00:10:244:1::/64"]});
+    world.put_node(&large);
+    let node = &world.nodes[0];
+    wait("the large range", 5, || node.http("/metrics").1.contains("10.244.16.0/20"));
+}
+
+fn print_times(what: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let at = |per_mille: usize| times[times.len() * per_mille / 1000 - 1];
+    println!("  {what}: p50 {:?}, p99 {:?}, longest {:?}", at(500), at(990), at(1000));
 }
 
 fn gc_removes_what_the_runtime_does_not_know() {
@@ -342,11 +366,7 @@ fn del_works_without_the_namespace() {
 fn one_namespace_is_attached_a_thousand_times() {
     let world = World::ready();
     let node = &world.nodes[0];
-    // A freed address rests for 30 s: a /24 would be used up within a few.
-    let mut large = node_object(1);
-    large["spec"] = json!({"podCIDRs": ["10.244.16.0/20", "fd00:10:244:1::/64"]});
-    world.put_node(&large);
-    wait("the large range", 5, || node.http("/metrics").1.contains("10.244.16.0/20"));
+    give_room(&world);
     let pod = world.pod("a");
     let (mut adds, mut dels) = (Vec::new(), Vec::new());
     for n in 0..1000 {
@@ -359,14 +379,37 @@ fn one_namespace_is_attached_a_thousand_times() {
         node.del(&container).unwrap();
         dels.push(begun.elapsed());
     }
-    for (what, times) in [("ADD", &mut adds), ("DEL", &mut dels)] {
-        times.sort_unstable();
-        let at = |per_mille: usize| times[times.len() * per_mille / 1000 - 1];
-        println!("  {what}: p50 {:?}, p99 {:?}, longest {:?}", at(500), at(990), at(1000));
-    }
+    print_times("ADD", adds);
+    print_times("DEL", dels);
     node.assert_empty();
     let links = Netlink::open_in(&pod.ns).unwrap().links().unwrap();
     assert_eq!(links.len(), 1, "{links:?}");
+}
+
+fn not_even_the_first_packet_is_lost() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let bind = |ns: &Netns, ip: IpAddr| {
+        let socket = ns.run(|| UdpSocket::bind((ip, 0))).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        socket
+    };
+    for n in 0..60 {
+        let pod = world.pod(&format!("first{n}"));
+        let ips = addresses(node, &pod);
+        // Alternating: the one that sends first tells about its side of the link.
+        let family = n / 2 % 2;
+        let ends = [(&pod.ns, ips[family]), (&node.ns, own(1)[family])];
+        let (first, second) = (ends[n % 2], ends[1 - n % 2]);
+        let (from, to) = (bind(first.0, first.1), bind(second.0, second.1));
+        from.send_to(b"first", to.local_addr().unwrap()).unwrap();
+        let (_, peer) =
+            to.recv_from(&mut [0; 16]).unwrap_or_else(|e| panic!("pod {n}, to {}, there: {e}", second.1));
+        to.send_to(b"answer", peer).unwrap();
+        from.recv(&mut [0; 16]).unwrap_or_else(|e| panic!("pod {n}, from {}, back: {e}", second.1));
+        node.del(&pod.name).unwrap();
+    }
+    node.assert_empty();
 }
 
 fn what_is_not_ours_is_not_replaced() {
