@@ -99,6 +99,10 @@ reasons! {
     NotForThisNode = 44, "not_for_this_node", true;
     /// An EtherType that the pod network does not carry.
     UnsupportedProtocol = 45, "unsupported_protocol", true;
+    /// Tunnel traffic of another virtual network: its identifier is not this cluster's.
+    WrongTunnelId = 47, "wrong_tunnel_id", true;
+    /// An 802.1Q tag: pods have no VLANs.
+    Tagged = 48, "tagged", true;
     /// A rewrite of the packet failed in the kernel.
     RewriteFailed = 46, "rewrite_failed", true;
 }

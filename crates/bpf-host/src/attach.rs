@@ -86,6 +86,31 @@ impl Datapath {
         self.detach(ifindex, Hook::FromUplink)
     }
 
+    /// Removes the programs from the tunnel device, and their pins when the device is gone already.
+    ///
+    /// # Errors
+    /// As [`Datapath::detach_uplink`].
+    pub fn detach_tunnel(&self, ifindex: u32) -> Result<()> {
+        self.detach(ifindex, Hook::FromTunnel)?;
+        self.detach(ifindex, Hook::ToTunnel)
+    }
+
+    /// Whether everything that must outlive this process is still pinned: the maps that it writes, and the
+    /// programs of the node's devices given here. Somebody may have removed pins; what is then written reaches
+    /// no program.
+    ///
+    /// # Errors
+    /// When the pinned objects cannot be read for another reason than that they are not there.
+    pub fn intact(&self, uplink: u32, tunnel: Option<u32>) -> Result<bool> {
+        let mut hooks = vec![(uplink, Hook::FromUplink)];
+        hooks.extend(tunnel.into_iter().flat_map(|t| [(t, Hook::FromTunnel), (t, Hook::ToTunnel)]));
+        let pinned = hooks
+            .iter()
+            .filter(|(_, hook)| self.method(*hook) == AttachMethod::Tcx)
+            .all(|(ifindex, hook)| self.link_pin(*ifindex, *hook).exists());
+        Ok(pinned && self.maps_are_pinned()?)
+    }
+
     fn attach(&self, ifindex: u32, hook: Hook) -> Result<()> {
         let interface = interface_name(ifindex, hook)?;
         let mut ebpf = self.ebpf();

@@ -88,6 +88,8 @@ pub struct Datapath {
     peers: Mutex<peers::Peers>,
     flows: Mutex<flows::Flows>,
     counters: PerCpuArray<MapData, AbiCounter>,
+    /// The kernel's number of the configuration map.
+    config_id: u32,
 }
 
 /// The tables of this node's pods.
@@ -130,10 +132,16 @@ impl Datapath {
             endpoints: HashMap::try_from(take(&mut ebpf, "ENDPOINTS")?)?,
             sources: HashMap::try_from(take(&mut ebpf, "SOURCES")?)?,
         };
+        let config = take(&mut ebpf, "CONFIG")?;
+        let config_id = match &config {
+            Map::Array(data) => data.info().map_err(|e| Error::map("CONFIG", e))?.id(),
+            _ => return Err(Error::Missing { what: "array", name: "CONFIG" }),
+        };
         Ok(Self {
             pin_dir: pin_dir.to_owned(),
             method,
-            config: Mutex::new(Array::try_from(take(&mut ebpf, "CONFIG")?)?),
+            config_id,
+            config: Mutex::new(Array::try_from(config)?),
             pods: Mutex::new(pods),
             peers: Mutex::new(peers::Peers::new(take(&mut ebpf, "PEERS")?, take(&mut ebpf, "PREFIXES")?)?),
             flows: Mutex::new(flows::Flows::new(take(&mut ebpf, "CONNTRACK")?)?),
@@ -244,6 +252,19 @@ impl Datapath {
         }
         all.sort_by_key(|e| e.ifindex);
         Ok(all)
+    }
+
+    /// Whether the map pinned under the configuration's name is the one that this process writes. All maps are
+    /// made, adopted and removed together, so one speaks for the rest.
+    pub(crate) fn maps_are_pinned(&self) -> Result<bool> {
+        let path = self.pin_dir.join(format!("maps-v{ABI_VERSION}")).join("CONFIG");
+        if !path.exists() {
+            return Ok(false);
+        }
+        let id = |info: aya::maps::MapInfo| info.id();
+        let pinned = aya::maps::MapInfo::from_pin(&path).map(id).map_err(|e| Error::map("CONFIG", e))?;
+        let ours = self.config_id;
+        Ok(pinned == ours)
     }
 
     fn ebpf(&self) -> MutexGuard<'_, Ebpf> {

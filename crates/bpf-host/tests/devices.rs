@@ -330,8 +330,10 @@ fn to_node(frame: &[u8]) -> Vec<u8> {
 
 /// A VXLAN packet (RFC 7348 section 5) from the case's outer source to the node, around the case's frame.
 fn wrap(case: &Case) -> Vec<u8> {
-    let outer = case.outer.expect("a tunnelled case has an outer source").to_string();
-    let mut vxlan = vec![8, 0, 0, 0, 0, 0, 1, 0];
+    let key = case.outer.expect("a tunnelled case has an outer header");
+    let outer = key.source.to_string();
+    let [_, v0, v1, v2] = key.vni.to_be_bytes();
+    let mut vxlan = vec![8, 0, 0, 0, v0, v1, v2, 0];
     vxlan.extend(&case.frame);
     let mut out = Vec::new();
     let node: std::net::Ipv4Addr = NODE[0].parse().unwrap();
@@ -356,6 +358,22 @@ fn every_case_with_clsact_filters() {
     if can_run() {
         run_all("clsact", AttachMethod::Clsact);
     }
+}
+
+/// The kernel takes an 802.1Q tag out of the bytes before any program runs; the decision still sees it.
+#[test]
+fn a_tagged_frame_of_a_pod_is_dropped() {
+    if !can_run() {
+        return;
+    }
+    let net = Net::new("pwt-tagged");
+    let test = TestDatapath::new("tagged", AttachMethod::of_this_kernel());
+    test.fill(true, &net.interfaces);
+    net.node.run(|| test.get().attach_pod(net.interfaces.pod_1).unwrap()).unwrap();
+    let mut frame = ip((POD_1_MAC, HOST_1_MAC), POD_1[0], POD_2[0], 64, L4::Udp(1, 2));
+    frame.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
+    Tap::open(&net.pods[0], "eth0").send(&frame);
+    wait_for_count(&test, "from_pod", Reason::Tagged.name(), 0);
 }
 
 /// The programs stay when the loader goes, and a successor takes them over without a gap.
@@ -397,4 +415,31 @@ fn programs_outlive_their_loader() {
     assert!(before >= 4);
     from.send(&frame);
     wait_for_count(&test, "from_pod", Reason::Delivered.name(), before);
+}
+
+#[test]
+fn removed_pins_are_noticed() {
+    if !can_run() {
+        return;
+    }
+    let net = Net::new("pwt-intact");
+    let test = TestDatapath::new("intact", AttachMethod::of_this_kernel());
+    let (uplink, tunnel) = (net.interfaces.uplink, net.interfaces.tunnel);
+    let intact = || test.get().intact(uplink, Some(tunnel)).unwrap();
+    net.node
+        .run(|| {
+            test.get().attach_uplink(uplink).unwrap();
+            test.get().attach_tunnel(tunnel).unwrap();
+            assert!(intact());
+            // Programs are pinned for devices that this node no longer uses: removed by name.
+            test.get().detach_tunnel(tunnel).unwrap();
+            assert_eq!(intact(), AttachMethod::of_this_kernel() == AttachMethod::Clsact);
+            test.get().attach_tunnel(tunnel).unwrap();
+            assert!(intact());
+        })
+        .unwrap();
+    podway_bpf_host::Datapath::remove_all(&test.pin_dir).unwrap();
+    assert!(!intact(), "without pins");
+    let _other = podway_bpf_host::Datapath::load(&test.pin_dir).unwrap();
+    assert!(!intact(), "somebody else's maps are pinned");
 }

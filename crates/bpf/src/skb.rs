@@ -7,7 +7,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use podway_abi::{Addr, Hook, NodeConfig, node_flags};
-use podway_datapath::{Bytes, Env, Tables};
+use podway_datapath::{Bytes, Env, Tables, TunnelKey};
 
 use crate::{apply::MARK_TUNNEL_CHOSEN, maps::Maps};
 
@@ -53,7 +53,13 @@ impl Env for SkbEnv<'_> {
     }
 
     #[inline(always)]
-    fn tunnel_source(&self) -> Option<Addr> {
+    fn is_tagged(&self) -> bool {
+        // SAFETY: as in `ifindex`.
+        unsafe { (*self.ctx.skb.skb).vlan_present != 0 }
+    }
+
+    #[inline(always)]
+    fn tunnel_key(&self) -> Option<TunnelKey> {
         let v6 = is_underlay_v6(&Maps.config()?);
         // SAFETY: all fields are integers or unions of integers.
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
@@ -66,14 +72,15 @@ impl Env for SkbEnv<'_> {
             return None;
         }
         // SAFETY: the helper has filled the field of the family that was asked for.
-        Some(unsafe {
+        let source = unsafe {
             if v6 {
                 Addr::from_v6_words(key.__bindgen_anon_1.remote_ipv6)
             } else {
                 // The helper speaks host byte order for IPv4 (net/core/filter.c).
                 Addr::from_v4_word(key.__bindgen_anon_1.remote_ipv4.to_be())
             }
-        })
+        };
+        Some(TunnelKey { source, vni: key.tunnel_id })
     }
 
     #[inline(always)]

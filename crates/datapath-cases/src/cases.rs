@@ -1,13 +1,13 @@
 //! The cases.
 
 use podway_abi::{Addr, Hook, Mac, Reason};
-use podway_datapath::Verdict;
+use podway_datapath::{TunnelKey, Verdict};
 
 use crate::{
     frames::{self, L4, TTL, arp, ip, later_fragment, neighbour_solicitation},
     world::{
         HOST_1_MAC, HOST_2_MAC, NODE, OTHER_NODE, OTHER_POD, OUTSIDE, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
-        addr,
+        VNI, addr,
     },
 };
 
@@ -53,8 +53,8 @@ pub struct Case {
     pub at: At,
     /// The packet from its Ethernet header on.
     pub frame: Vec<u8>,
-    /// Outer source, for a packet out of the tunnel.
-    pub outer: Option<Addr>,
+    /// Outer header, for a packet out of the tunnel.
+    pub outer: Option<TunnelKey>,
     /// What must happen.
     pub expect: Expect,
 }
@@ -144,7 +144,7 @@ impl Builder<'_> {
         hook: Hook,
         at: At,
         frame: Vec<u8>,
-        outer: Option<Addr>,
+        outer: Option<TunnelKey>,
         expect: Expect,
     ) {
         let mode = if self.overlay { "overlay" } else { "direct" };
@@ -241,21 +241,30 @@ impl Builder<'_> {
 
     fn at_from_tunnel(&mut self) {
         let udp = L4::Udp(40_000, 53);
-        let other = Some(addr(OTHER_NODE[0]));
-        let mut add = |name: &str, src: [&str; 2], dst: [&str; 2], outer: Option<Addr>, expect: Expect| {
-            let frame = self.ip(WIRE, src, dst, udp);
-            self.add_outer(name, Hook::FromTunnel, At::Tunnel, frame, outer, expect);
-        };
+        let key = |source: &str, vni| Some(TunnelKey { source: addr(source), vni });
+        let other = key(OTHER_NODE[0], VNI);
+        let mut add =
+            |name: &str, src: [&str; 2], dst: [&str; 2], outer: Option<TunnelKey>, expect: Expect| {
+                let frame = self.ip(WIRE, src, dst, udp);
+                self.add_outer(name, Hook::FromTunnel, At::Tunnel, frame, outer, expect);
+            };
         add("a pod to a pod", OTHER_POD, POD_1, other, deliver(1));
         add("a node to a pod", OTHER_NODE, POD_2, other, deliver(2));
         add("a pod to this node", OTHER_POD, NODE, other, pass(Reason::ToStack));
         add("without a tunnel", OTHER_POD, POD_1, None, drop(Reason::NoTunnelKey));
-        let stranger = Some(addr(OUTSIDE[0]));
+        let stranger = key(OUTSIDE[0], VNI);
         add("from a stranger", OTHER_POD, POD_1, stranger, drop(Reason::UnknownTunnelPeer));
+        let foreign = key(OTHER_NODE[0], VNI + 1);
+        add("of another virtual network", OTHER_POD, POD_1, foreign, drop(Reason::WrongTunnelId));
         add("claiming to be beyond the cluster", OUTSIDE, POD_1, other, drop(Reason::TunnelSourceMismatch));
         add("claiming to be a pod of this node", POD_2, POD_1, other, drop(Reason::OwnSource));
         add("for somebody else", OTHER_POD, OUTSIDE, other, drop(Reason::NotForThisNode));
         add("back to the other node", OTHER_POD, OTHER_NODE, other, drop(Reason::NotForThisNode));
+        if self.family == 0 {
+            let frame = arp(WIRE, [10, 244, 2, 2], [10, 244, 1, 2]);
+            let expect = drop(Reason::NotForThisNode);
+            self.add_outer("ARP for a pod", Hook::FromTunnel, At::Tunnel, frame, other, expect);
+        }
     }
 
     fn at_to_tunnel(&mut self) {
@@ -306,6 +315,14 @@ impl Builder<'_> {
         let mut frame = whole.clone();
         frame[14] = 0x44;
         self.add("IPv4 header length below 20", Hook::FromPod, At::Pod1, frame, drop(Reason::Malformed));
+        for (name, total) in
+            [("total length beyond the packet", 200u16), ("total length below the header", 19)]
+        {
+            let mut frame = whole.clone();
+            frame[14 + 2..14 + 4].copy_from_slice(&total.to_be_bytes());
+            frames::write_ipv4_checksum(&mut frame);
+            self.add(name, Hook::FromPod, At::Pod1, frame, drop(Reason::Malformed));
+        }
         let mut frame = whole;
         frame[12..14].copy_from_slice(&[0x88, 0x47]);
         self.add("MPLS", Hook::FromPod, At::Pod1, frame, drop(Reason::UnsupportedProtocol));
@@ -315,6 +332,10 @@ impl Builder<'_> {
         let frame = ip(GATEWAY, POD_1[1], "::ffff:10.244.1.3", TTL, L4::Udp(1, 2));
         self.add("a v4-mapped destination", Hook::FromPod, At::Pod1, frame, drop(Reason::MappedAddress));
         let mut frame = ip(GATEWAY, POD_1[1], POD_2[1], TTL, L4::Udp(1, 2));
+        frame[14 + 4..14 + 6].copy_from_slice(&200u16.to_be_bytes());
+        self.add("payload length beyond the packet", Hook::FromPod, At::Pod1, frame, drop(Reason::Malformed));
+        let mut frame = ip(GATEWAY, POD_1[1], POD_2[1], TTL, L4::Udp(1, 2));
+        frame[14 + 4..14 + 6].copy_from_slice(&1u16.to_be_bytes());
         frame[14 + 6] = 0;
         frame.truncate(14 + 40 + 1);
         self.add("cut in an extension header", Hook::FromPod, At::Pod1, frame, drop(Reason::Malformed));

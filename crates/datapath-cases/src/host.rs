@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::HashMap};
 
 use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, NodeConfig, Peer, Source};
-use podway_datapath::{Bytes, Env, Observation, Scratch, Tables, track};
+use podway_datapath::{Bytes, Env, Observation, Scratch, Tables, TunnelKey, track};
 
 /// Tables in hash maps.
 #[derive(Clone, Debug)]
@@ -100,8 +100,10 @@ pub struct HostEnv {
     pub ifindex: u32,
     /// The clock.
     pub now_ns: u64,
-    /// Outer source of a decapsulated packet.
-    pub tunnel_source: Option<Addr>,
+    /// Whether the frame carries a VLAN tag.
+    pub tagged: bool,
+    /// Outer header of a decapsulated packet.
+    pub tunnel_key: Option<TunnelKey>,
     /// Whether the tunnel's other end was chosen before.
     pub tunnel_chosen: bool,
 }
@@ -119,8 +121,12 @@ impl Env for HostEnv {
         self.now_ns
     }
 
-    fn tunnel_source(&self) -> Option<Addr> {
-        self.tunnel_source
+    fn is_tagged(&self) -> bool {
+        self.tagged
+    }
+
+    fn tunnel_key(&self) -> Option<TunnelKey> {
+        self.tunnel_key
     }
 
     fn tunnel_chosen(&self) -> bool {

@@ -14,6 +14,8 @@ pub const OTHER_NODE: [&str; 2] = ["172.18.1.2", "fd00:172:18::1:2"];
 pub const OWN_RANGES: [(&str, u8); 2] = [("10.244.1.0", 24), ("fd00:10:244:1::", 64)];
 /// Pod ranges of the other node.
 pub const OTHER_RANGES: [(&str, u8); 2] = [("10.244.2.0", 24), ("fd00:10:244:2::", 64)];
+/// The cluster's VXLAN network identifier.
+pub const VNI: u32 = 1;
 /// First pod of this node.
 pub const POD_1: [&str; 2] = ["10.244.1.2", "fd00:10:244:1::2"];
 /// Second pod of this node.
@@ -80,7 +82,7 @@ pub fn config(overlay: bool, interfaces: &Interfaces) -> NodeConfig {
         mode: if overlay { mode::OVERLAY } else { mode::DIRECT },
         uplink_ifindex: interfaces.uplink,
         tunnel_ifindex: if overlay { interfaces.tunnel } else { 0 },
-        vni: 1,
+        vni: VNI,
         flags: 0,
     }
 }

@@ -1,8 +1,8 @@
 //! The cases in user space, and what no table of cases can hold.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking and says why it skips")]
 
-use podway_abi::{CtKey, Hook, ct_flags};
-use podway_datapath::{Scratch, decide, packet::tcp, track};
+use podway_abi::{CtKey, Hook, Reason, ct_flags};
+use podway_datapath::{Scratch, TunnelKey, Verdict, decide, packet::tcp, track};
 use podway_datapath_cases::{
     At, HostEnv, HostTables, PacketBytes,
     cases::{self, Case},
@@ -23,7 +23,8 @@ fn env(case: &Case) -> HostEnv {
         hook: case.hook,
         ifindex,
         now_ns: 1_000_000_000,
-        tunnel_source: case.outer,
+        tagged: false,
+        tunnel_key: case.outer,
         tunnel_chosen: false,
     }
 }
@@ -52,6 +53,15 @@ fn every_case_is_decided_as_expected() {
 }
 
 #[test]
+fn a_tagged_frame_of_a_pod_is_dropped() {
+    let case = cases::all().into_iter().find(|c| c.hook == Hook::FromPod && c.expect.tracked).unwrap();
+    let tables = world::tables(case.overlay, &INTERFACES);
+    let tagged = HostEnv { tagged: true, ..env(&case) };
+    let action = decide(&PacketBytes(&case.frame), &tables, &tagged, &mut Scratch::new());
+    assert_eq!((action.verdict, action.reason), (Verdict::Drop, Reason::Tagged));
+}
+
+#[test]
 fn names_of_cases_are_unique() {
     let mut names: Vec<String> = cases::all().into_iter().map(|c| c.name).collect();
     names.sort();
@@ -77,7 +87,8 @@ fn play(segments: &[(bool, u8, u64)]) -> (podway_abi::CtEntry, usize) {
             hook: Hook::FromPod,
             ifindex,
             now_ns: now_s * 1_000_000_000,
-            tunnel_source: None,
+            tagged: false,
+            tunnel_key: None,
             tunnel_chosen: false,
         };
         let mut scratch = Scratch::new();
@@ -175,7 +186,8 @@ fn run(tables: &HostTables, hook: Hook, bytes: &[u8]) {
         hook,
         ifindex: INTERFACES.pod_1,
         now_ns: 1,
-        tunnel_source: Some(world::addr(world::OTHER_NODE[0])),
+        tagged: false,
+        tunnel_key: Some(TunnelKey { source: world::addr(world::OTHER_NODE[0]), vni: world::VNI }),
         tunnel_chosen: false,
     };
     let mut scratch = Scratch::new();

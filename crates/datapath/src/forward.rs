@@ -12,6 +12,9 @@ use crate::{
 #[inline(always)]
 pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
     let Some(config) = configured(tables) else { return Action::drop(Reason::NotConfigured) };
+    if env.is_tagged() {
+        return Action::drop(Reason::Tagged);
+    }
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
@@ -86,14 +89,16 @@ pub fn from_tunnel(
     env: &impl Env,
     scratch: &mut Scratch,
 ) -> Action {
-    if configured(tables).is_none() {
-        return Action::drop(Reason::NotConfigured);
-    }
-    let Some(outer) = env.tunnel_source() else { return Action::drop(Reason::NoTunnelKey) };
+    let Some(config) = configured(tables) else { return Action::drop(Reason::NotConfigured) };
+    let Some(key) = env.tunnel_key() else { return Action::drop(Reason::NoTunnelKey) };
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
-    if let Err(reason) = guard::tunnel(&scratch.packet, &outer, tables) {
+    // The tunnel carries IP only: link-layer control has no business beyond its link.
+    if matches!(scratch.packet.kind, Kind::Arp) || scratch.packet.has(flags::LINK_CONTROL) {
+        return Action::drop(Reason::NotForThisNode);
+    }
+    if let Err(reason) = guard::tunnel(&scratch.packet, &key, &config, tables) {
         return Action::drop(reason);
     }
     if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
@@ -115,9 +120,6 @@ pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scrat
     }
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
-    }
-    if scratch.packet.has(flags::LINK_CONTROL) {
-        return Action::drop(Reason::NoPeer);
     }
     match tables.peer(&scratch.packet.dst) {
         Some(peer) if peer.flags & peer_flags::LOCAL == 0 => {

@@ -3,7 +3,7 @@
 use podway_abi::{Addr, NodeConfig, Peer, Reason, Source, mode, peer_flags};
 
 use crate::{
-    Packet, Tables,
+    Packet, Tables, TunnelKey,
     packet::{Kind, flags},
     same_addr, same_mac,
 };
@@ -46,16 +46,25 @@ pub fn uplink(packet: &Packet, config: &NodeConfig, source: Option<&Peer>) -> Re
     Ok(())
 }
 
-/// Tunnel traffic must come from a node of the cluster and carry only what that node has.
+/// Tunnel traffic must belong to this cluster's virtual network, come from a node of the cluster, and carry
+/// only what that node has. The device takes any identifier, so the check is here.
 #[inline(always)]
-pub fn tunnel(packet: &Packet, outer: &Addr, tables: &impl Tables) -> Result<(), Reason> {
-    match tables.peer(outer) {
+pub fn tunnel(
+    packet: &Packet,
+    key: &TunnelKey,
+    config: &NodeConfig,
+    tables: &impl Tables,
+) -> Result<(), Reason> {
+    if key.vni != config.vni {
+        return Err(Reason::WrongTunnelId);
+    }
+    match tables.peer(&key.source) {
         Some(node) if node.flags & peer_flags::NODE != 0 => {}
         _ => return Err(Reason::UnknownTunnelPeer),
     }
     match tables.peer(&packet.src) {
         Some(peer) if peer.flags & peer_flags::LOCAL != 0 => Err(Reason::OwnSource),
-        Some(peer) if same_addr(&peer.node, outer) => Ok(()),
+        Some(peer) if same_addr(&peer.node, &key.source) => Ok(()),
         _ => Err(Reason::TunnelSourceMismatch),
     }
 }

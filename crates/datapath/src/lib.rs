@@ -64,10 +64,21 @@ pub trait Env {
     fn ifindex(&self) -> u32;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
     fn now_ns(&self) -> u64;
-    /// Outer source address of a decapsulated packet.
-    fn tunnel_source(&self) -> Option<Addr>;
+    /// Whether the frame carries a VLAN tag, which the kernel keeps beside the packet's bytes.
+    fn is_tagged(&self) -> bool;
+    /// Where a decapsulated packet came from.
+    fn tunnel_key(&self) -> Option<TunnelKey>;
     /// Whether an earlier hook of this node already chose the tunnel's other end for this packet.
     fn tunnel_chosen(&self) -> bool;
+}
+
+/// Outer header of a decapsulated packet, as far as it matters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TunnelKey {
+    /// Outer source address.
+    pub source: Addr,
+    /// VXLAN network identifier.
+    pub vni: u32,
 }
 
 /// What to do with the packet.

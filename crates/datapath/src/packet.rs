@@ -156,7 +156,12 @@ fn parse_v4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let [w0, w1, w2, src, dst] = bytes.load::<5>(ETH_LEN).ok_or(Reason::Malformed)?;
     let first = w0.to_ne_bytes()[0];
     let header_len = (first & 0x0f) as u16 * 4;
-    if first >> 4 != 4 || header_len < 20 {
+    // The header's own length is within the total length, and that within what arrived (which may be padded).
+    // Linux' "BIG TCP" writes 0 where a segmentation super-packet is too long for the field.
+    let total_len = u32::from_be(w0) & 0xffff;
+    let is_big = total_len == 0 && out.l3_len > 0xffff;
+    let fits = total_len >= header_len as u32 && total_len <= out.l3_len;
+    if first >> 4 != 4 || header_len < 20 || !(fits || is_big) {
         return Err(Reason::Malformed);
     }
     out.kind = Kind::V4;
@@ -180,7 +185,9 @@ fn parse_v4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
 #[inline(always)]
 fn parse_v6(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let [w0, w1] = bytes.load::<2>(ETH_LEN).ok_or(Reason::Malformed)?;
-    if w0.to_ne_bytes()[0] >> 4 != 6 {
+    // A payload longer than what arrived; zero stands for a jumbogram or a segmentation offload (RFC 2675).
+    let payload_len = u32::from_be(w1) >> 16;
+    if w0.to_ne_bytes()[0] >> 4 != 6 || payload_len + 40 > out.l3_len {
         return Err(Reason::Malformed);
     }
     out.kind = Kind::V6;
