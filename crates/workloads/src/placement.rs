@@ -60,9 +60,10 @@ impl<'a> NodeInfo<'a> {
             implied("node.kubernetes.io/unschedulable");
         }
         match read::condition(node.value, "Ready").and_then(|condition| read::text(condition, "status")) {
-            Some("False") => implied("node.kubernetes.io/not-ready"),
+            Some("True") => {}
             Some("Unknown") => implied("node.kubernetes.io/unreachable"),
-            _ => {}
+            // Nobody has ever said that it is: as with False, every node is born with this taint.
+            _ => implied("node.kubernetes.io/not-ready"),
         }
         let max_pods = match read::at(node.value, "status.allocatable.pods") {
             Some(Value::String(text)) => text.parse().ok(),

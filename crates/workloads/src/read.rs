@@ -19,7 +19,9 @@ impl Malformed {
 
     /// The same error, seen from an enclosing object.
     pub(crate) fn within(mut self, prefix: &str) -> Self {
-        self.field = format!("{prefix}.{}", self.field);
+        // Without a field it is the enclosing object itself that is wrong.
+        self.field =
+            if self.field.is_empty() { prefix.to_owned() } else { format!("{prefix}.{}", self.field) };
         self
     }
 
@@ -183,6 +185,9 @@ mod tests {
         assert!(count(&object, "spec.n").is_err());
         assert_eq!(labels(&object, "spec.sel").unwrap_err().field, "spec.sel[a]");
         assert_eq!(count(&object, "spec.absent"), Ok(None));
+        for (field, whole) in [("", "spec: required"), ("containers", "spec.containers: required")] {
+            assert_eq!(Malformed::new(field, "required").within("spec").to_string(), whole);
+        }
     }
 
     #[test]

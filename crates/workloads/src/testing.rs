@@ -53,7 +53,8 @@ impl Cluster {
         let name = format!("node-{i}");
         self.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {
             "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
-            "topology.kubernetes.io/zone": format!("zone-{}", i % 2)}}}));
+            "topology.kubernetes.io/zone": format!("zone-{}", i % 2)}},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
     }
 
     pub(crate) fn apply_yaml(&mut self, yaml: &str) {

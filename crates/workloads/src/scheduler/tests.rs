@@ -74,7 +74,8 @@ fn where_pods_go() {
 #[test]
 fn the_reason_is_on_the_pod() {
     let mut cluster = cluster();
-    cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "cordoned"}, "spec": {"unschedulable": true}}));
+    cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "cordoned"}, "spec": {"unschedulable": true},
+        "status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
     cluster.apply(pod("p", &json!({"nodeSelector": {"disk": "ssd"}})));
     cluster.settle();
     let pod = cluster.find("Pod", "default", "p").unwrap();
@@ -228,10 +229,14 @@ fn topology_spread_holds() {
 
 #[test]
 fn full_and_unready_nodes_take_no_more() {
-    let mut cluster = Cluster::with_nodes(Config::default(), 2);
+    let mut cluster = Cluster::with_nodes(Config::default(), 4);
+    let ready = |status: &str| json!([{"type": "Ready", "status": status}]);
     for (name, status) in [
-        ("node-1", json!({"allocatable": {"pods": "1"}})),
-        ("node-2", json!({"conditions": [{"type": "Ready", "status": "False"}]})),
+        ("node-1", json!({"allocatable": {"pods": "1"}, "conditions": ready("True")})),
+        ("node-2", json!({"conditions": ready("False")})),
+        ("node-3", json!({"conditions": ready("Unknown")})),
+        // Written by somebody, but no kubelet has ever answered for it.
+        ("node-4", json!({})),
     ] {
         let mut node = cluster.find("Node", "", name).unwrap().clone();
         node["status"] = status;
@@ -244,7 +249,8 @@ fn full_and_unready_nodes_take_no_more() {
     assert_eq!(
         cluster.events("b"),
         [
-            "0/2 nodes are available: 1 Too many pods, 1 node(s) had untolerated taint {node.kubernetes.io/not-ready}."
+            "0/4 nodes are available: 1 Too many pods, 1 node(s) had untolerated taint {node.kubernetes.io/unreachable}, \
+             2 node(s) had untolerated taint {node.kubernetes.io/not-ready}."
         ]
     );
 }
@@ -253,7 +259,7 @@ fn full_and_unready_nodes_take_no_more() {
 fn higher_priority_goes_first_and_broken_pods_are_named() {
     let mut cluster = Cluster::with_nodes(Config::default(), 1);
     let mut node = cluster.find("Node", "", "node-1").unwrap().clone();
-    node["status"] = json!({"allocatable": {"pods": 1}});
+    node["status"]["allocatable"] = json!({"pods": 1});
     cluster.objects.insert(("Node".into(), String::new(), "node-1".into()), node);
     cluster.apply(pod("a", &json!({})));
     cluster.apply(pod("critical", &json!({"priorityClassName": "system-node-critical"})));

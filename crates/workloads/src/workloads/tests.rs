@@ -156,7 +156,8 @@ fn daemons_run_where_they_fit() {
         ("cordoned", json!({"unschedulable": true})),
         ("evicting", json!({"taints": [{"key": "gone", "effect": "NoExecute"}]})),
     ] {
-        cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}, "spec": spec}));
+        cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}, "spec": spec,
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
     }
     cluster.apply(workload("DaemonSet", "ds", &json!({})));
     cluster.run();
