@@ -20,7 +20,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a response may stay silent. Longer than a watch lasts ([`crate::watch::WATCH_TIMEOUT`]), so it only
 /// ends connections whose other side is gone.
-const READ_TIMEOUT: Duration = Duration::from_secs(crate::watch::WATCH_TIMEOUT as u64 + 30);
+const READ_TIMEOUT: Duration = Duration::from_secs(crate::watch::WATCH_TIMEOUT as u64 + 15);
+
+/// How long the answer to [`Client::ping`] may take.
+const PING_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A client of one API server. Cheap to clone; all clones share the connections.
 #[derive(Clone)]
@@ -63,17 +66,28 @@ impl Client {
         &self.server
     }
 
+    /// Host and port of the server: what a resolver takes.
+    #[must_use]
+    pub fn host(&self) -> Option<(String, u16)> {
+        let uri: http::Uri = self.server.parse().ok()?;
+        // Addresses of IPv6 are in brackets there (RFC 3986 section 3.2.2).
+        let host = uri.host()?.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let default = if uri.scheme_str() == Some("http") { 80 } else { 443 };
+        Some((host, uri.port_u16().unwrap_or(default)))
+    }
+
     /// Asks the server for its version: the cheapest question that every authenticated client may ask.
     ///
     /// # Errors
-    /// The server cannot be reached or refuses.
+    /// The server cannot be reached, refuses, or says nothing for four seconds.
     pub async fn ping(&self) -> Result<(), Error> {
         let request = http::Request::get("/version")
             .body(Vec::new())
             .expect("a constant path without headers makes a valid request");
-        match self.inner.request_text(request).await {
-            Ok(_) => Ok(()),
-            Err(source) => Err(Error::Request { what: "get /version".into(), source: Box::new(source) }),
+        match tokio::time::timeout(PING_TIMEOUT, self.inner.request_text(request)).await {
+            Err(_) => Err(Error::Silent { seconds: PING_TIMEOUT.as_secs() }),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(source)) => Err(Error::Request { what: "get /version".into(), source: Box::new(source) }),
         }
     }
 

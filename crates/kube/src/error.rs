@@ -35,4 +35,10 @@ pub enum Error {
         /// What the client or the server said.
         source: Box<kube::Error>,
     },
+    /// The server said nothing in time.
+    #[error("the API server has not answered for {seconds} s; check the way to it, and whether it runs")]
+    Silent {
+        /// How long it was waited for.
+        seconds: u64,
+    },
 }

@@ -24,11 +24,17 @@ pub(crate) struct Reply {
     /// Lines of a watch; the connection then stays open.
     lines: Option<Vec<String>>,
     close: bool,
+    /// No answer at all.
+    mute: bool,
 }
 
 impl Reply {
+    pub(crate) fn nothing() -> Self {
+        Self { mute: true, ..Self::json(200, &Value::Null) }
+    }
+
     pub(crate) fn json(code: u16, body: &Value) -> Self {
-        Self { code, body: body.to_string(), lines: None, close: true }
+        Self { code, body: body.to_string(), lines: None, close: true, mute: false }
     }
 
     pub(crate) fn status(code: u16, reason: &str) -> Self {
@@ -38,7 +44,7 @@ impl Reply {
     }
 
     pub(crate) fn stream(lines: Vec<String>) -> Self {
-        Self { code: 200, body: String::new(), lines: Some(lines), close: false }
+        Self { code: 200, body: String::new(), lines: Some(lines), close: false, mute: false }
     }
 
     pub(crate) fn closed(self) -> Self {
@@ -127,6 +133,10 @@ async fn serve(
     let request = Request { method, path, body: String::from_utf8_lossy(&body).into_owned() };
     let reply = answer(&request);
     seen.send(request).ok();
+    if reply.mute {
+        let mut rest = Vec::new();
+        return stream.read_to_end(&mut rest).await.map(drop);
+    }
     let head = format!("HTTP/1.1 {} Scripted\r\nContent-Type: application/json\r\n", reply.code);
     let Some(lines) = reply.lines else {
         let rest = format!("Content-Length: {}\r\nConnection: close\r\n\r\n{}", reply.body.len(), reply.body);

@@ -19,10 +19,12 @@ pub enum NodeChange {
 ///
 /// Of two nodes whose ranges overlap the older one keeps its range (then the one that sorts first by name),
 /// whatever the order in which they were heard of. The other one's range is refused until the conflict ends.
+/// Reserved ranges ([`Nodes::set_reserved`]) go before all of them, whatever the age.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
     nodes: BTreeMap<String, Node>,
     refused: BTreeMap<String, Vec<Rejection>>,
+    reserved: Vec<(IpNet, String)>,
 }
 
 impl Nodes {
@@ -52,9 +54,19 @@ impl Nodes {
         self.refresh()
     }
 
+    /// Sets what no node may have as a range, each with what it is ("the underlay 172.18.0.0/16 (eth0)"), and
+    /// returns the refusals that are new. A range is refused when it overlaps one of these, either way.
+    pub fn set_reserved(&mut self, reserved: Vec<(IpNet, String)>) -> Vec<Rejection> {
+        if self.reserved == reserved {
+            return Vec::new();
+        }
+        self.reserved = reserved;
+        self.refresh()
+    }
+
     /// Works the refusals out anew and returns those that were not there before.
     fn refresh(&mut self) -> Vec<Rejection> {
-        let before = std::mem::replace(&mut self.refused, refusals(&self.nodes));
+        let before = std::mem::replace(&mut self.refused, refusals(&self.nodes, &self.reserved));
         let is_new = |r: &&Rejection| before.get(&r.name).is_none_or(|old| !old.contains(r));
         self.refused.values().flatten().filter(is_new).cloned().collect()
     }
@@ -96,9 +108,12 @@ fn cidr_field(index: usize) -> String {
     format!("spec.podCIDRs[{index}]")
 }
 
-/// Refuses, from the oldest node to the youngest, each range that overlaps one already in use or holds a
-/// node's own address.
-fn refusals(nodes: &BTreeMap<String, Node>) -> BTreeMap<String, Vec<Rejection>> {
+/// Refuses each range that overlaps a reserved one; then, from the oldest node to the youngest, each that overlaps
+/// one already in use or holds a node's own address.
+fn refusals(
+    nodes: &BTreeMap<String, Node>,
+    reserved: &[(IpNet, String)],
+) -> BTreeMap<String, Vec<Rejection>> {
     let mut by_age: Vec<&Node> = nodes.values().collect();
     by_age.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
     let mut addresses: Vec<(IpAddr, &str)> =
@@ -112,6 +127,12 @@ fn refusals(nodes: &BTreeMap<String, Node>) -> BTreeMap<String, Vec<Rejection>> 
     for node in by_age {
         for (i, cidr) in node.pod_cidrs.iter().enumerate() {
             let first = cidr.network();
+            let kept = || {
+                reserved
+                    .iter()
+                    .find(|(range, _)| range.contains(cidr) || cidr.contains(range))
+                    .map(|(_, what)| format!("{cidr} overlaps {what}; give the node another range"))
+            };
             let neighbours = used
                 .range(..=first)
                 .next_back()
@@ -131,7 +152,7 @@ fn refusals(nodes: &BTreeMap<String, Node>) -> BTreeMap<String, Vec<Rejection>> 
                     .filter(|(ip, _)| cidr.contains(ip))
                     .map(|(ip, owner)| format!("{cidr} holds {ip}, the underlay address of node {owner}"))
             };
-            match overlap.or_else(holds) {
+            match kept().or(overlap).or_else(holds) {
                 Some(cause) => refused.entry(node.name.clone()).or_default().push(Rejection {
                     kind: "Node".to_owned(),
                     namespace: String::new(),
@@ -194,6 +215,52 @@ mod tests {
         assert_eq!(new.len(), 1);
         assert!(new[0].cause.contains("172.18.1.1, the underlay address of node a"), "{}", new[0].cause);
         assert_eq!(nodes.pod_cidrs("b"), vec!["fd00::/64".parse::<IpNet>().unwrap()]);
+    }
+
+    #[test]
+    fn reserved_ranges_go_before_the_oldest_node() {
+        let reserve = |ranges: &[(&str, &str)]| {
+            ranges.iter().map(|(range, what)| (range.parse().unwrap(), (*what).to_owned())).collect()
+        };
+        let underlay = ("172.18.0.0/16", "the underlay 172.18.0.0/16 (eth0)");
+        // Podcidr, what it overlaps: inside, around, the very same, another family, not at all.
+        let cases = [
+            ("172.18.0.0/24", Some("172.18.0.0/24 overlaps the underlay 172.18.0.0/16 (eth0)")),
+            ("172.0.0.0/8", Some("172.0.0.0/8 overlaps the underlay 172.18.0.0/16 (eth0)")),
+            ("172.18.0.0/16", Some("172.18.0.0/16 overlaps the underlay 172.18.0.0/16 (eth0)")),
+            ("10.0.7.0/24", Some("10.0.7.0/24 overlaps the API server 10.0.7.7")),
+            ("fe80:0:1::/64", Some("overlaps link-local addresses")),
+            ("172.19.0.0/24", None),
+            ("fd00::/64", None),
+        ];
+        for (cidr, cause) in cases {
+            let mut nodes = Nodes::new();
+            nodes.apply(NodeChange::Set(node("oldest", "1", &[], &[cidr])));
+            nodes.apply(NodeChange::Set(node("young", "2", &[], &["10.244.2.0/24"])));
+            let new = nodes.set_reserved(reserve(&[
+                underlay,
+                ("10.0.7.7/32", "the API server 10.0.7.7"),
+                ("fe80::/10", "link-local addresses fe80::/10"),
+            ]));
+            assert_eq!(new.len(), usize::from(cause.is_some()), "{cidr}: {new:?}");
+            let Some(cause) = cause else { continue };
+            assert_eq!((new[0].name.as_str(), new[0].field.as_str()), ("oldest", "spec.podCIDRs[0]"));
+            assert!(new[0].cause.contains(cause), "{} lacks {cause}", new[0].cause);
+            assert!(nodes.pod_cidrs("oldest").is_empty());
+            assert_eq!(nodes.pod_cidrs("young").len(), 1);
+            // The underlay moves away, and the range is in use.
+            assert!(nodes.set_reserved(Vec::new()).is_empty());
+            assert_eq!(nodes.pod_cidrs("oldest").len(), 1, "{cidr}");
+        }
+    }
+
+    #[test]
+    fn a_refused_range_stands_in_nobodys_way() {
+        let mut nodes = Nodes::new();
+        nodes.set_reserved(vec![("10.0.0.1/32".parse().unwrap(), "the default gateway 10.0.0.1".into())]);
+        nodes.apply(NodeChange::Set(node("old", "1", &[], &["10.0.0.0/16"])));
+        assert!(nodes.apply(NodeChange::Set(node("young", "2", &[], &["10.0.7.0/24"]))).is_empty());
+        assert_eq!(nodes.pod_cidrs("young").len(), 1);
     }
 
     proptest! {
