@@ -95,6 +95,7 @@ fn require_object(patch: &Value) -> Result<&Map<String, Value>, ApiError> {
 }
 
 /// How a list in a built-in kind is merged.
+#[derive(Debug, PartialEq, Eq)]
 enum Merge {
     /// Items are objects with the same identity when this key is equal.
     ByKey(&'static str),
@@ -109,6 +110,16 @@ fn merge_rule(kind: &str, path: &[String], field: &str) -> Merge {
     let parent = path.last().map(String::as_str).unwrap_or_default();
     let in_container = matches!(parent, "containers" | "initContainers" | "ephemeralContainers");
     match field {
+        // Without a merge key here, unlike in pods and elsewhere.
+        "imagePullSecrets" if kind == "ServiceAccount" => Merge::Replace,
+        "conditions"
+            if matches!(
+                kind,
+                "CertificateSigningRequest" | "CustomResourceDefinition" | "ValidatingAdmissionPolicy"
+            ) =>
+        {
+            Merge::Replace
+        }
         "containers"
         | "initContainers"
         | "ephemeralContainers"
@@ -117,7 +128,11 @@ fn merge_rule(kind: &str, path: &[String], field: &str) -> Merge {
         | "webhooks"
         | "matchConditions"
         | "schedulingGates"
-        | "resourceClaims" => Merge::ByKey("name"),
+        | "resourceClaims"
+        | "resourceClaimStatuses"
+        | "allocatedResourcesStatus" => Merge::ByKey("name"),
+        "variables" if kind == "ValidatingAdmissionPolicy" => Merge::ByKey("name"),
+        "drivers" if kind == "CSINode" => Merge::ByKey("name"),
         "env" if in_container => Merge::ByKey("name"),
         "volumeMounts" => Merge::ByKey("mountPath"),
         "volumeDevices" => Merge::ByKey("devicePath"),
@@ -289,6 +304,7 @@ impl Context<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::openapi::table::{Shape, Type, table};
 
     fn deployment() -> (KindInfo, Value) {
         let kind = KindInfo::new("apps", "v1", "Deployment", "deployments", true);
@@ -307,6 +323,40 @@ mod tests {
             }
         });
         (kind, object)
+    }
+
+    /// Compares the rules with what is published for every list that a patch of the kind can reach item by item.
+    fn check_rules(kind: &str, known: &Type, path: &mut Vec<String>, checked: &mut usize) {
+        for field in &known.fields {
+            let (inner, item_by_item) = match &field.shape {
+                Shape::List(item) => {
+                    let published = match (field.merge.strategy, field.merge.key) {
+                        (_, Some(key)) => Merge::ByKey(key),
+                        (Some("merge"), None) => Merge::Set,
+                        _ => Merge::Replace,
+                    };
+                    let rule = merge_rule(kind, path, field.name);
+                    assert_eq!(rule, published, "{kind} {} {}", path.join("."), field.name);
+                    *checked += 1;
+                    (item.as_ref(), published != Merge::Replace)
+                }
+                other => (other, true),
+            };
+            if let (Shape::Type(index), true) = (inner, item_by_item) {
+                path.push(field.name.to_owned());
+                check_rules(kind, table().at(*index), path, checked);
+                path.pop();
+            }
+        }
+    }
+
+    #[test]
+    fn lists_are_merged_as_published() {
+        let mut checked = 0;
+        for known in table().types().iter().filter(|known| known.group_version.is_some()) {
+            check_rules(known.kind, known, &mut Vec::new(), &mut checked);
+        }
+        assert!(checked > 500, "{checked}");
     }
 
     #[test]
