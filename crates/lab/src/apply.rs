@@ -12,6 +12,14 @@ use crate::client::Client;
 use crate::manifest::{Object, Problem};
 
 const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+/// Largest object in bytes of JSON, as the API server has it: the most that a real cluster's storage takes.
+const OBJECT_LIMIT: usize = 1_572_864;
+/// Requests that may go wrong on the way before a server counts as gone.
+const BROKEN_LIMIT: usize = 5;
+/// What is said about a Node object.
+const OWN_NODES: &str = "the lab makes its own nodes; use --nodes and podway lab node";
+/// Most objects that a note names.
+const NAMED: usize = 5;
 
 /// What came of it.
 #[derive(Debug, Default)]
@@ -36,7 +44,8 @@ struct Resource {
 /// Writes the objects.
 ///
 /// # Errors
-/// When the server cannot be reached. A refused object is a problem in the result, and the rest goes on.
+/// When the server cannot be reached. An object that is refused or breaks the connection is a problem in the result,
+/// and the rest goes on.
 pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Applied> {
     let mut work =
         Work { client, kinds: BTreeMap::new(), namespaces: BTreeSet::new(), out: Applied::default() };
@@ -44,13 +53,27 @@ pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Ap
     work.namespaces.extend(names(&list));
     let mut seen = BTreeSet::new();
     let mut twice = Vec::new();
+    let mut broken = 0;
     for object in in_order(objects) {
+        if is_node(object) {
+            work.out.notes.push(format!("{} is not used: {OWN_NODES}", object.display_name()));
+            continue;
+        }
         let name = (object.group(), object.kind(), object.namespace(), object.name());
         if !seen.insert(name) && object.value["metadata"]["name"].is_string() {
             twice.push(object.display_name());
         }
-        work.write(object).await?;
+        if let Err(error) = work.write(object).await {
+            // It may be this object that the connection broke on. A server that still answers takes the rest.
+            broken += 1;
+            if broken > BROKEN_LIMIT || work.client.read("/version").await.is_err() {
+                return Err(error.context(object.display_name()));
+            }
+            let (origin, object) = (object.origin.clone(), Some(object.display_name()));
+            work.out.problems.push(Problem { origin, object, cause: format!("not sent: {error:#}") });
+        }
     }
+    work.out.notes.extend(host_ports(objects));
     if let Some(first) = twice.first() {
         let count = twice.len();
         work.out
@@ -67,6 +90,8 @@ pub struct Deleted {
     pub deleted: Vec<String>,
     /// Objects that were not there.
     pub absent: Vec<String>,
+    /// What was left alone on purpose, for people to read.
+    pub notes: Vec<String>,
     /// Objects that the server refused to delete, and those that have no name to delete them by.
     pub problems: Vec<Problem>,
 }
@@ -82,6 +107,10 @@ pub async fn delete(client: &mut Client, objects: &[Object]) -> anyhow::Result<D
     let mut seen = BTreeSet::new();
     for object in in_order(objects).into_iter().rev() {
         let name = object.display_name();
+        if is_node(object) {
+            out.notes.push(format!("{name} is not deleted: {OWN_NODES}"));
+            continue;
+        }
         if !seen.insert((object.group(), object.kind(), object.namespace(), object.name())) {
             continue;
         }
@@ -130,6 +159,38 @@ fn in_order(objects: &[Object]) -> Vec<&Object> {
     sorted
 }
 
+/// Nodes of an exported cluster are not there; a namesake would take the place of the lab's own.
+fn is_node(object: &Object) -> bool {
+    object.kind() == "Node" && object.group().is_empty()
+}
+
+/// A note about pods whose ports should be open on their node as well.
+fn host_ports(objects: &[Object]) -> Option<String> {
+    let mut found = Vec::new();
+    for object in objects {
+        let spec = &object.value["spec"];
+        let pod = match object.kind() {
+            "Pod" => spec,
+            "CronJob" => &spec["jobTemplate"]["spec"]["template"]["spec"],
+            _ => &spec["template"]["spec"],
+        };
+        // There the port is the container's own.
+        if pod["hostNetwork"] == true {
+            continue;
+        }
+        let containers = ["containers", "initContainers"].map(|field| pod[field].as_array());
+        let ports =
+            containers.into_iter().flatten().flatten().filter_map(|c| c["ports"].as_array()).flatten();
+        let ports = ports.filter_map(|p| p["hostPort"].as_u64()).filter(|port| *port != 0);
+        found.extend(ports.map(|port| format!("{port} of {}", object.display_name())));
+    }
+    let more =
+        if found.len() > NAMED { format!(", and {} more", found.len() - NAMED) } else { String::new() };
+    found.truncate(NAMED);
+    let list = found.join(", ");
+    (!found.is_empty()).then(|| format!("hostPort is not opened on the nodes yet: {list}{more}"))
+}
+
 fn names(list: &Value) -> Vec<String> {
     let items = list["items"].as_array().into_iter().flatten();
     items.filter_map(|i| i["metadata"]["name"].as_str().map(str::to_owned)).collect()
@@ -165,6 +226,13 @@ impl Work<'_> {
             {
                 meta.remove(field);
             }
+        }
+        let size = serde_json::to_vec(&value)?.len();
+        if size > OBJECT_LIMIT {
+            self.out.problems.push(problem(format!(
+                "too large: {size} bytes as JSON, and a cluster stores at most {OBJECT_LIMIT} of an object; split it"
+            )));
+            return Ok(());
         }
         let mut collection = prefix(object.api_version());
         if resource.namespaced {
@@ -335,8 +403,132 @@ fn definition(object: &Object) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use podway_apiserver::{BearerToken, Store, StoreConfig};
+
     use super::*;
     use crate::manifest::Origin;
+
+    /// A server with an empty store, for as long as the test runs.
+    fn server() -> (Client, Arc<Store>) {
+        let store = Arc::new(Store::new(StoreConfig::default()));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("listen");
+        let port = listener.local_addr().expect("address").port();
+        let serving = podway_apiserver::serve(listener, store.clone(), Some(BearerToken::new("t")));
+        tokio::spawn(serving);
+        (Client::of_test(port, "t"), store)
+    }
+
+    fn config_map(name: &str, size: usize) -> Object {
+        object(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name},
+                      "data": {"a": "x".repeat(size)}}))
+    }
+
+    #[tokio::test]
+    async fn an_oversized_object_costs_itself_alone() {
+        let (mut client, _store) = server();
+        let objects = [
+            config_map("first", 1),
+            config_map("huge", 30 << 20),
+            config_map("big", 1 << 20),
+            config_map("last", 1),
+        ];
+        let applied = apply(&mut client, &objects).await.expect("the server is there");
+        assert_eq!((applied.created, applied.problems.len()), (3, 1));
+        let problem = applied.problems[0].to_string();
+        assert!(problem.contains("ConfigMap huge: too large: 3145"), "{problem}");
+        // Who sends it all the same gets an answer, not a broken connection.
+        let path = "/api/v1/namespaces/default/configmaps";
+        for _ in 0..2 {
+            let answer = client.call(Method::POST, path, Some(&objects[1].value)).await.expect("answer");
+            assert_eq!(answer.code, StatusCode::PAYLOAD_TOO_LARGE);
+        }
+    }
+
+    /// A server that breaks off when somebody writes a ConfigMap called `bad`, and one that has gone.
+    #[tokio::test]
+    async fn a_broken_connection_costs_one_object_while_the_server_answers() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listen");
+        let port = listener.local_addr().expect("address").port();
+        let serving = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = vec![0; 4096];
+                let length = stream.read(&mut request).await.expect("read");
+                let request = String::from_utf8_lossy(&request[..length]).into_owned();
+                if request.contains("\"bad\"") {
+                    continue;
+                }
+                let body = json!({"items": [{"metadata": {"name": "default"}}],
+                    "resources": [{"kind": "ConfigMap", "name": "configmaps", "namespaced": true}]})
+                .to_string();
+                let answer = format!(
+                    "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                    body.len()
+                );
+                stream.write_all(answer.as_bytes()).await.expect("write");
+            }
+        });
+        let mut client = Client::of_test(port, "t");
+        let objects = [config_map("a", 1), config_map("bad", 1), config_map("b", 1)];
+        let applied = apply(&mut client, &objects).await.expect("the server is there");
+        assert_eq!((applied.created, applied.problems.len()), (2, 1), "{applied:?}");
+        assert!(applied.problems[0].to_string().contains("ConfigMap bad: not sent"), "{applied:?}");
+        let many: Vec<Object> = (0..=BROKEN_LIMIT).map(|_| config_map("bad", 1)).collect();
+        let error = apply(&mut client, &many).await.expect_err("too many");
+        assert!(format!("{error:#}").starts_with("ConfigMap bad: "), "{error:#}");
+        serving.abort();
+        let _ = serving.await;
+        apply(&mut client, &objects).await.expect_err("nobody is there");
+    }
+
+    #[tokio::test]
+    async fn nodes_of_manifests_leave_the_labs_own_alone() {
+        let (mut client, store) = server();
+        let node = |labels: Value| json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1", "labels": labels}});
+        store.create(node(json!({"own": "yes"})), podway_apiserver::WriteOptions::default()).expect("node");
+        let objects = [object(node(json!({}))), config_map("a", 1)];
+        let applied = apply(&mut client, &objects).await.expect("apply");
+        assert_eq!((applied.created, applied.replaced, applied.problems.len()), (1, 0, 0));
+        assert!(
+            applied.notes[0].starts_with("Node node-1 is not used: the lab makes"),
+            "{:?}",
+            applied.notes
+        );
+        let deleted = delete(&mut client, &objects).await.expect("delete");
+        assert_eq!(deleted.deleted, ["ConfigMap a"]);
+        assert!(deleted.notes[0].starts_with("Node node-1 is not deleted"), "{:?}", deleted.notes);
+        let known = client.read("/api/v1/nodes/node-1").await.expect("the node is there");
+        assert_eq!(known["metadata"]["labels"]["own"], "yes");
+    }
+
+    #[test]
+    fn ports_of_the_host_are_named() {
+        let pod = json!({"containers": [{"ports": [{"containerPort": 80, "hostPort": 8080}, {"containerPort": 81}]}]});
+        let on_host = json!({"hostNetwork": true, "containers": pod["containers"]});
+        let make = |kind: &str, spec: Value| {
+            object(
+                json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": "x", "namespace": "n"}, "spec": spec}),
+            )
+        };
+        for (kind, spec, want) in [
+            ("Pod", pod.clone(), Some("8080 of Pod n/x")),
+            ("DaemonSet", json!({"template": {"spec": pod}}), Some("8080 of DaemonSet n/x")),
+            (
+                "CronJob",
+                json!({"jobTemplate": {"spec": {"template": {"spec": pod}}}}),
+                Some("8080 of CronJob n/x"),
+            ),
+            ("Pod", on_host, None),
+            ("Service", json!({"ports": [{"port": 1}]}), None),
+        ] {
+            let note = host_ports(&[make(kind, spec)]);
+            assert_eq!(note.as_deref().and_then(|n| n.split("yet: ").nth(1)), want, "{kind}");
+        }
+        let many: Vec<Object> = (0..7).map(|_| make("Pod", pod.clone())).collect();
+        assert!(host_ports(&many).expect("a note").ends_with(", and 2 more"));
+    }
 
     fn object(value: Value) -> Object {
         Object { value, origin: Origin { file: "a.yaml".into(), document: 1 } }

@@ -75,6 +75,12 @@ impl Client {
         }
     }
 
+    /// For a server of a test, on this machine.
+    #[cfg(test)]
+    pub(crate) fn of_test(port: u16, token: &str) -> Self {
+        Self { address: (Ipv4Addr::LOCALHOST, port).into(), token: token.to_owned(), connection: None }
+    }
+
     /// Reads an object or a list.
     ///
     /// # Errors
@@ -109,7 +115,12 @@ impl Client {
         let what = format!("{method} {path}");
         let work = self.exchange(method, path, media, body);
         match tokio::time::timeout(TIMEOUT, work).await {
-            Ok(answer) => answer.with_context(|| format!("lab's API server at {}: {what}", self.address)),
+            Ok(answer) => {
+                if answer.is_err() {
+                    self.connection = None;
+                }
+                answer.with_context(|| format!("lab's API server at {}: {what}", self.address))
+            }
             Err(_) => {
                 self.connection = None;
                 bail!("lab's API server at {}: {what}: no answer in {} s", self.address, TIMEOUT.as_secs())

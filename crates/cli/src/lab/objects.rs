@@ -25,6 +25,7 @@ pub(super) fn delete(args: &Manifests) -> anyhow::Result<u8> {
     let loaded = load(args)?;
     let deleted =
         runtime()?.block_on(async { apply::delete(&mut Client::of_lab(&lab)?, &loaded.objects).await })?;
+    notes(&deleted.notes);
     let code = left_out(&loaded, &deleted.problems);
     output::print(&format!(
         "{} objects deleted, {} were not there\n",
