@@ -160,6 +160,20 @@ pub async fn observe(client: &mut Client, lab: &LabName) -> anyhow::Result<Obser
 const SHOWN_ELSEWHERE: [&str; 7] =
     ["Pod", "Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "ReplicationController", "Job"];
 
+/// Reasons of events about objects that are wrong themselves: their own fields, or what they ask for is not to be had.
+/// An API server would have refused them.
+const REFUSALS: [&str; 9] = [
+    "InvalidObject",
+    "ClusterIPAlreadyAllocated",
+    "ClusterIPOutOfRange",
+    "ClusterIPsExhausted",
+    "FamilyMismatch",
+    "FamilyNotConfigured",
+    "NodePortOutOfRange",
+    "NodePortsExhausted",
+    "PortAlreadyAllocated",
+];
+
 /// The newest warning about an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Complaint {
@@ -179,7 +193,7 @@ fn complaints(events: &Value) -> BTreeMap<(String, String, String), Complaint> {
         let new = Complaint {
             at: event["lastTimestamp"].as_str().unwrap_or_default().to_owned(),
             message: event["message"].as_str().unwrap_or_default().to_owned(),
-            malformed: event["reason"] == "InvalidObject",
+            malformed: event["reason"].as_str().is_some_and(|reason| REFUSALS.contains(&reason)),
             unhealthy: event["reason"] == "Unhealthy",
         };
         let slot =
@@ -407,8 +421,12 @@ mod tests {
              "lastTimestamp": "2026-01-01T00:00:00Z"},
             {"involvedObject": {"kind": "Pod", "namespace": "x", "name": "a"}, "reason": "InvalidObject",
              "message": "spec.containers: empty", "lastTimestamp": "2026-01-01T00:00:01Z"},
+            {"involvedObject": {"kind": "Service", "namespace": "x", "name": "s"}, "reason": "NodePortOutOfRange"},
+            {"involvedObject": {"kind": "Pod", "namespace": "x", "name": "slow"}, "reason": "Unhealthy"},
         ]});
         let complaints = complaints(&events);
+        assert!(!complaints[&("Pod".into(), "x".into(), "slow".into())].malformed);
+        assert!(complaints[&("Service".into(), "x".into(), "s".into())].malformed);
         let complaint = complaints.get(&("Pod".into(), "x".into(), "a".into()));
         let mut bad = pod(&json!({"metadata": {"name": "a", "namespace": "x"}}));
         explain(&mut bad, &[], complaint);

@@ -286,11 +286,18 @@ impl LabSpec {
         {
             return bad("--pod-mtu", format!("{mtu} is not 1280 to {MAX_MTU} bytes"));
         }
-        if self.vxlan_vni >= 1 << 24 {
-            return bad("--vxlan-vni", format!("{} does not fit into 24 bits", self.vxlan_vni));
+        if !(1..1 << 24).contains(&self.vxlan_vni) {
+            return bad("--vxlan-vni", format!("{} is not 1 to {}", self.vxlan_vni, (1 << 24) - 1));
         }
-        if self.vxlan_port == 0 {
-            return bad("--vxlan-port", "0 is no UDP port".into());
+        match self.vxlan_port {
+            0 => return bad("--vxlan-port", "0 is no UDP port; use 1 to 65535".into()),
+            podway_link::probe::DEFAULT_PORT => {
+                return bad("--vxlan-port", format!("{} is the port of the path MTU proof", self.vxlan_port));
+            }
+            AGENT_HEALTH_PORT => {
+                return bad("--vxlan-port", format!("{} is the port of the agents' health", self.vxlan_port));
+            }
+            _ => {}
         }
         if self.mode == Mode::Direct {
             let underlay_is_v6 = self.underlay_family == UnderlayFamily::Ipv6;
@@ -510,6 +517,10 @@ mod tests {
             (LabSpec { underlay_mtu: 1000, ..spec() }, "--underlay-mtu"),
             (LabSpec { pod_mtu: Some(100), ..spec() }, "--pod-mtu"),
             (LabSpec { vxlan_vni: 1 << 24, ..spec() }, "--vxlan-vni"),
+            (LabSpec { vxlan_vni: 0, ..spec() }, "--vxlan-vni"),
+            (LabSpec { vxlan_port: 0, ..spec() }, "--vxlan-port"),
+            (LabSpec { vxlan_port: 9949, ..spec() }, "--vxlan-port"),
+            (LabSpec { vxlan_port: 9950, ..spec() }, "--vxlan-port"),
             (
                 LabSpec { mode: Mode::Direct, underlay_family: UnderlayFamily::Ipv6, ..spec() },
                 "--underlay-family",

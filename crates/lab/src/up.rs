@@ -16,7 +16,7 @@ use crate::client::Client;
 use crate::down;
 use crate::manifest::{self, Loaded};
 use crate::observe::{NodeStatus, Observation, observe};
-use crate::spec::LabSpec;
+use crate::spec::{BadOption, LabSpec};
 use crate::state::{LabFile, Lock, StateDir, new_token};
 use crate::supervisor::READY;
 use crate::topology;
@@ -44,12 +44,18 @@ pub enum Made {
 /// Reads the manifests.
 ///
 /// # Errors
-/// When a path cannot be read, or nothing in them can be used.
+/// When a path cannot be read, or nothing in them can be used; a [`BadOption`] when there is nothing in them.
 pub fn load(paths: &[PathBuf]) -> anyhow::Result<Loaded> {
     let loaded = manifest::load(paths)?;
     if loaded.objects.is_empty() && !loaded.problems.is_empty() {
         let all: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
         bail!("no usable object in the manifests:\n{}", all.join("\n"));
+    }
+    if loaded.objects.is_empty() && !paths.is_empty() {
+        let why =
+            if loaded.notes.is_empty() { String::new() } else { format!(" ({})", loaded.notes.join("; ")) };
+        let cause = format!("no Kubernetes object in it{why}; give manifest files or folders of manifests");
+        return Err(BadOption { option: "FILE|DIR", cause }.into());
     }
     Ok(loaded)
 }
@@ -222,5 +228,25 @@ pub async fn wait(
         }
         last = Some(now);
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_to_load_is_a_mistake_of_the_command_line() {
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().to_owned();
+        let error = load(std::slice::from_ref(&path)).expect_err("an empty folder");
+        assert!(error.is::<BadOption>() && error.to_string().contains("no .yaml"), "{error:#}");
+        std::fs::write(path.join("a.yaml"), "# nothing\n").expect("write");
+        let error = load(std::slice::from_ref(&path)).expect_err("a comment alone");
+        assert!(error.is::<BadOption>(), "{error:#}");
+        assert!(load(&[]).expect("nothing was asked for").objects.is_empty());
+        let missing = path.join("missing");
+        let text = format!("{:#}", load(&[missing]).expect_err("no such file"));
+        assert_eq!(text.matches("No such file").count(), 1, "{text}");
     }
 }

@@ -138,7 +138,9 @@ impl Report {
 pub async fn check(lab: &LabName, observation: &Observation) -> anyhow::Result<Report> {
     let begun = Instant::now();
     raise_descriptor_limit();
-    let (mut endpoints, left_out) = endpoints(lab, observation);
+    let (all, mut left_out) = endpoints(lab, observation);
+    let (mut endpoints, closed) = enterable(all);
+    left_out.extend(closed);
     // Ends the listeners when it goes out of scope.
     let (_open, phase) = watch::channel(Phase::Open);
     listen(&mut endpoints, &phase)?;
@@ -202,6 +204,20 @@ fn endpoints(lab: &LabName, observation: &Observation) -> (Vec<Endpoint>, Vec<St
         });
     }
     (out, left_out)
+}
+
+/// Sorts out those whose namespace cannot be entered: a Node that somebody has written but nobody has made, a pod that
+/// has just gone.
+fn enterable(endpoints: Vec<Endpoint>) -> (Vec<Endpoint>, Vec<String>) {
+    let mut left_out = Vec::new();
+    let mut open = Vec::new();
+    for endpoint in endpoints {
+        match Netns::open_named(&endpoint.netns) {
+            Ok(_) => open.push(endpoint),
+            Err(error) => left_out.push(format!("{}: cannot be entered: {error}", endpoint.name)),
+        }
+    }
+    (open, left_out)
 }
 
 /// Opens a listener for every endpoint that has no port of its own.
@@ -297,3 +313,26 @@ pub(crate) fn micros(since: Instant) -> u64 {
 
 /// How long a target may take, retries included.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(2500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_entered_is_named() {
+        let endpoint = Endpoint {
+            name: "strange".into(),
+            is_node: true,
+            node: "strange".into(),
+            addresses: Vec::new(),
+            port: 0,
+            answers_as: (String::new(), "strange".into()),
+            netns: "pwt-no-such-namespace".into(),
+        };
+        let (open, left_out) = enterable(vec![endpoint]);
+        assert!(open.is_empty());
+        assert!(left_out[0].starts_with("strange: cannot be entered: "), "{left_out:?}");
+        let report = Report { endpoints: open, cells: Vec::new(), left_out, millis: 0 };
+        assert!(!report.is_ok());
+    }
+}

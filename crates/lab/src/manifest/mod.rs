@@ -127,12 +127,12 @@ pub struct Loaded {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A given path cannot be read.
-    #[error("{}: {source}; give a manifest file or a folder of manifests", path.display())]
+    #[error("{}: {cause}; give a manifest file or a folder of manifests", path.display())]
     Path {
         /// The path.
         path: PathBuf,
-        /// Cause.
-        source: std::io::Error,
+        /// Cause. Not a `source`, because the text has it already.
+        cause: std::io::Error,
     },
     /// More files than one load visits.
     #[error("{}: more than {MAX_FILES} files; give the folder that holds the manifests", path.display())]
@@ -150,7 +150,7 @@ pub fn load(paths: &[PathBuf]) -> Result<Loaded, LoadError> {
     let mut out = Loaded::default();
     for path in paths {
         let meta =
-            std::fs::metadata(path).map_err(|source| LoadError::Path { path: path.clone(), source })?;
+            std::fs::metadata(path).map_err(|cause| LoadError::Path { path: path.clone(), cause })?;
         if meta.is_dir() {
             let mut files = Vec::new();
             walk(path, path, 0, &mut files, &mut out)?;
