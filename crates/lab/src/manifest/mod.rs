@@ -149,8 +149,7 @@ pub enum LoadError {
 pub fn load(paths: &[PathBuf]) -> Result<Loaded, LoadError> {
     let mut out = Loaded::default();
     for path in paths {
-        let meta =
-            std::fs::metadata(path).map_err(|cause| LoadError::Path { path: path.clone(), cause })?;
+        let meta = std::fs::metadata(path).map_err(|cause| LoadError::Path { path: path.clone(), cause })?;
         if meta.is_dir() {
             let mut files = Vec::new();
             walk(path, path, 0, &mut files, &mut out)?;
@@ -180,7 +179,7 @@ fn walk(
     }
     let mut entries: Vec<_> = std::fs::read_dir(dir)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|source| LoadError::Path { path: dir.to_owned(), source })?;
+        .map_err(|cause| LoadError::Path { path: dir.to_owned(), cause })?;
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let path = entry.path();
