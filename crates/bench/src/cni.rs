@@ -127,8 +127,8 @@ pub fn run(options: Options, stop: &Stop, mut say: impl FnMut(&str)) -> anyhow::
     let p50 = |what| format!("{what} p50 of {}", options.operations);
     add(&mut report, &p50("ADD"), &peer.name, adds)?;
     add(&mut report, &p50("DEL"), &peer.name, Pairs { ours: own, peer: theirs })?;
-    report.times.extend(ours.times());
-    report.times.extend(peer.times());
+    report.times.extend(ours.times(options.operations));
+    report.times.extend(peer.times(options.operations));
 
     let what = format!("{} ADDs at once", options.concurrent);
     say(&what);
@@ -312,11 +312,13 @@ impl Side {
         }
     }
 
-    fn times(&self) -> Vec<Times> {
+    /// Times of all operations but the first ones, which were thrown away.
+    fn times(&self, thrown_away: usize) -> Vec<Times> {
         let times = self.times.borrow();
         [("ADD", &times.0), ("DEL", &times.1)]
             .into_iter()
             .filter_map(|(what, times)| {
+                let times = times.get(thrown_away..)?;
                 Some(Times {
                     what: what.into(),
                     who: self.name.clone(),

@@ -222,14 +222,15 @@ fn compare(
 
 /// Median over the measurements, of each measurement's median and 99th percentile.
 fn times(what: &str, who: &str, delays: &[(f64, f64)]) -> Option<Times> {
-    let (p50, p99): (Vec<f64>, Vec<f64>) = delays.iter().copied().unzip();
+    // The first measurement was thrown away.
+    let (p50, p99): (Vec<f64>, Vec<f64>) = delays.iter().skip(1).copied().unzip();
     Some(Times {
         what: what.into(),
         who: who.into(),
         unit: "µs".into(),
         p50: median(&p50)?,
         p99: median(&p99)?,
-        count: delays.len(),
+        count: p50.len(),
     })
 }
 

@@ -121,6 +121,8 @@ impl Network {
         let finished = client
             .finish(&[], time + CLIENT_SLACK, stop)
             .with_context(|| format!("{kind} over {}", self.name))?;
+        // Ctrl-C on a terminal reaches the client as well.
+        stop.check()?;
         if !finished.status.success() {
             bail!("{kind} over {}: the client ended with {}", self.name, finished.status);
         }

@@ -93,7 +93,7 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
                 services: args.services,
                 baseline: args.baseline,
             };
-            let (report, worse) = net::run(&options, &Stop::on_signals()?, say)?;
+            let (report, worse) = measured(|stop| net::run(&options, stop, say))?;
             finish(&report, &args.common)?;
             for line in &worse {
                 output::error(&format!("regression: {line}"));
@@ -107,7 +107,7 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
                 operations: args.operations,
                 concurrent: args.concurrent,
             };
-            let report = cni::run(options, &Stop::on_signals()?, say)?;
+            let report = measured(|stop| cni::run(options, stop, say))?;
             finish(&report, &args.common)?;
             Ok(OK)
         }
@@ -121,6 +121,15 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             Ok(OK)
         }
     }
+}
+
+/// Ctrl-C on a terminal ends the bench's own processes too; what then fails is not the news.
+fn measured<T>(bench: impl FnOnce(&Stop) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let stop = Stop::on_signals()?;
+    bench(&stop).map_err(|error| match stop.check() {
+        Err(interrupted) => interrupted,
+        Ok(()) => error,
+    })
 }
 
 fn finish(report: &Report, common: &Common) -> anyhow::Result<()> {
