@@ -8,7 +8,7 @@
 //! 3. Peers, routes and masquerading are touched only when all Nodes are known, in one step each that writes
 //!    the difference. A list that comes again replaces the set without anything disappearing in between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -57,6 +57,8 @@ pub enum Message {
     Kernel,
     /// The link of a pod went away.
     PodLinkGone,
+    /// Where the API server is.
+    ApiServer(Vec<IpAddr>),
     /// The agent ends.
     Stop,
 }
@@ -87,6 +89,10 @@ pub struct Control {
     nodes: Nodes,
     /// Node objects that could not be read, by name.
     malformed: BTreeMap<String, Rejection>,
+    /// Addresses of the API server, which no podCIDR may hold.
+    api_addresses: Vec<IpAddr>,
+    /// When the ranges that no podCIDR may overlap were worked out, and for which addresses of this node.
+    reserved: Option<(Instant, Vec<IpAddr>)>,
     synced: bool,
     api_problem: Option<String>,
     own: Option<OwnNode>,
@@ -126,6 +132,8 @@ impl Control {
             parts,
             nodes: Nodes::new(),
             malformed: BTreeMap::new(),
+            api_addresses: Vec::new(),
+            reserved: None,
             synced: false,
             api_problem: None,
             own: remembered.clone(),
@@ -157,7 +165,11 @@ impl Control {
                         return;
                     }
                     Ok(Message::Nodes(change)) => self.take(change),
-                    Ok(Message::Kernel) => {}
+                    Ok(Message::Kernel) => self.reserved = None,
+                    Ok(Message::ApiServer(addresses)) => {
+                        self.api_addresses = addresses;
+                        self.reserved = None;
+                    }
                     Ok(Message::PodLinkGone) => self.audit_pods(),
                     Err(RecvTimeoutError::Timeout) => break,
                 }
@@ -218,19 +230,31 @@ impl Control {
         Node::parse(value).map_err(|rejection| {
             let name = rejection.name.clone();
             if self.malformed.get(&name) != Some(&rejection) {
-                self.refused(std::slice::from_ref(&rejection));
+                self.unreadable(&rejection);
                 self.malformed.insert(name.clone(), rejection);
             }
             name
         })
     }
 
+    /// Ranges that are in another's way.
     fn refused(&self, rejections: &[Rejection]) {
+        self.tell("PodCIDROverlap", rejections);
+    }
+
+    /// Fields that cannot be read.
+    fn unreadable(&self, rejection: &Rejection) {
+        let reason =
+            if rejection.field.starts_with("spec.podCIDR") { "InvalidPodCIDR" } else { "InvalidNode" };
+        self.tell(reason, std::slice::from_ref(rejection));
+    }
+
+    fn tell(&self, reason: &'static str, rejections: &[Rejection]) {
         self.parts.metrics.rejected(rejections.len());
         for rejection in rejections {
             // The node that is concerned tells it as an event; a thousand others need not.
             if rejection.name == self.config.node_name {
-                self.parts.reporter.warning("PodCIDROverlap", &rejection.field, &rejection.to_string());
+                self.parts.reporter.warning(reason, &rejection.field, &rejection.to_string());
             } else {
                 warn!(%rejection, "refused");
             }
@@ -240,6 +264,7 @@ impl Control {
     /// Brings everything to what should be there.
     fn turn(&mut self) {
         self.parts.status.update(|s| s.turned = Instant::now());
+        self.reserve();
         let view = self.view();
         if let Some(own) = self.own.clone() {
             self.parts.reporter.set_uid(&own.uid);
@@ -257,6 +282,32 @@ impl Control {
             self.audit_rules();
         }
         self.parts.status.update(|s| s.turned = Instant::now());
+    }
+
+    /// Works out which ranges no podCIDR may overlap. Before anything is made of the Nodes: one that did would
+    /// take the API server, and with it the way to correct it, away from this node.
+    fn reserve(&mut self) {
+        let internal_ips = self
+            .nodes
+            .node(&self.config.node_name)
+            .map(|n| n.internal_ips.as_slice())
+            .or_else(|| self.own.as_ref().map(|o| o.internal_ips.as_slice()))
+            .unwrap_or_default();
+        if self.reserved.as_ref().is_some_and(|(at, ips)| at.elapsed() < TURN && ips == internal_ips) {
+            return;
+        }
+        let internal_ips = internal_ips.to_vec();
+        let mut reserved = match self.network.reserved(&internal_ips) {
+            Ok(reserved) => reserved,
+            Err(error) => {
+                warn!(%error, "cannot look at this node's own addresses; the ranges reserved before stay so");
+                return;
+            }
+        };
+        reserved.extend(self.api_addresses.iter().map(|a| ((*a).into(), format!("the API server {a}"))));
+        let refused = self.nodes.set_reserved(reserved);
+        self.refused(&refused);
+        self.reserved = Some((Instant::now(), internal_ips));
     }
 
     fn view(&mut self) -> Option<View> {
@@ -478,7 +529,7 @@ impl Control {
 
     /// Tells the world how things are.
     fn show(&mut self, view: Option<&View>) {
-        let readiness = self.readiness(view);
+        let readiness = self.readiness();
         if self.parts.attacher.readiness() != readiness {
             match &readiness {
                 Readiness::Ready => info!("pods can be attached"),
@@ -499,8 +550,10 @@ impl Control {
             text
         };
         self.parts.status.set("api", ok, text);
-        let refused: usize = self.malformed.len() + self.nodes.all_refusals().count();
-        let first = self.malformed.values().chain(self.nodes.all_refusals()).next();
+        // Nodes, not causes: one may have several.
+        let rejections = || self.malformed.values().chain(self.nodes.all_refusals());
+        let refused = rejections().map(|r| r.name.as_str()).collect::<BTreeSet<_>>().len();
+        let first = rejections().next();
         let text = match first {
             None => format!("{} known", self.nodes.iter().count()),
             Some(first) => format!("{refused} refused, the first: {first}"),
@@ -522,9 +575,12 @@ impl Control {
         });
     }
 
-    fn readiness(&self, view: Option<&View>) -> Readiness {
+    fn readiness(&self) -> Readiness {
         let Some(own) = &self.own else {
             let why = match (&self.api_problem, self.synced) {
+                (None, true) if self.malformed.contains_key(&self.config.node_name) => {
+                    format!("this node's object is refused: {}", self.malformed[&self.config.node_name])
+                }
                 (Some(problem), _) => format!("the API server is away and nothing is remembered: {problem}"),
                 (None, false) => "waiting for the Nodes from the API server".to_owned(),
                 (None, true) => format!(
@@ -535,9 +591,11 @@ impl Control {
             return Readiness::NotReady(why);
         };
         if own.pod_cidrs.is_empty() {
-            let why = match view.map(|v| v.own_refusals.as_slice()) {
-                Some([first, ..]) => format!("the podCIDR of this node is refused: {first}"),
-                _ => format!("Node {:?} has no podCIDR yet (spec.podCIDRs)", own.name),
+            // As it is now: a mistake that was corrected into another one is told as the latter.
+            let malformed = self.malformed.get(&own.name);
+            let why = match malformed.or_else(|| self.nodes.refusals(&own.name).first()) {
+                Some(first) => format!("the podCIDR of this node is refused: {first}"),
+                None => format!("Node {:?} has no podCIDR yet (spec.podCIDRs)", own.name),
             };
             return Readiness::NotReady(why);
         }

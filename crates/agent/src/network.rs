@@ -164,6 +164,59 @@ impl Network {
         Ok(Local { uplink, tunnel, mtu, addresses })
     }
 
+    /// What no node's pods may have for an address, with what it is: the prefixes of the devices that carry this
+    /// node's addresses, its gateways, its own addresses on whatever device, and what never leaves a link or a
+    /// machine. A route to such a podCIDR would cut this node off.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn reserved(&mut self, internal_ips: &[IpAddr]) -> Result<Vec<(IpNet, String)>, NetworkError> {
+        let links = self.netlink.links()?;
+        let name = |index: u32| links.iter().find(|l| l.index == index).map_or("?", |l| l.name.as_str());
+        let of_pod = |index: u32| links.iter().any(|l| l.index == index && pod_link(l).is_some());
+        let defaults: Vec<Route> = self
+            .netlink
+            .routes(RouteFilter::default())?
+            .into_iter()
+            .filter(|r| r.dst.prefix_len() == 0 && !of_pod(r.dev))
+            .collect();
+        let present = self.netlink.addresses()?;
+        let mut uplinks: Vec<u32> = present
+            .iter()
+            .filter(|a| a.index != LOOPBACK && internal_ips.contains(&a.addr))
+            .map(|a| a.index)
+            .collect();
+        if uplinks.is_empty() {
+            // Not known yet, or on the loopback: see `uplink`.
+            uplinks.extend(defaults.iter().map(|r| r.dev));
+        }
+        let mut reserved: Vec<(IpNet, String)> = Vec::new();
+        for address in present.iter().filter(|a| uplinks.contains(&a.index) && !a.link_scope) {
+            if let Ok(prefix) = IpNet::new(address.addr, address.prefix_len)
+                && prefix.prefix_len() > 0
+            {
+                let prefix = prefix.trunc();
+                reserved.push((prefix, format!("the underlay {prefix} ({})", name(address.index))));
+            }
+        }
+        for via in defaults.iter().filter_map(|r| r.via) {
+            reserved.push((via.into(), format!("the default gateway {via}")));
+        }
+        for address in present.iter().filter(|a| !of_pod(a.index)) {
+            let what = format!("address {} of {} on this machine", address.addr, name(address.index));
+            reserved.push((address.addr.into(), what));
+        }
+        for (range, what) in [
+            ("169.254.0.0/16", "link-local addresses"),
+            ("fe80::/10", "link-local addresses"),
+            ("127.0.0.0/8", "loopback addresses"),
+        ] {
+            reserved.push((range.parse().expect("a valid prefix"), format!("the {what} {range}")));
+        }
+        reserved.dedup();
+        Ok(reserved)
+    }
+
     /// The device that holds the Node's address; when that is the loopback (addresses announced by a routing
     /// protocol), the one with the default route.
     fn uplink(&mut self, own: &OwnNode, addresses: &[Address]) -> Result<Uplink, NetworkError> {

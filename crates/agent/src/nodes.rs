@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use podway_bpf_host::{Peer, PeerFlags};
-use podway_model::{Node, Nodes, Rejection};
+use podway_model::{Node, Nodes};
 use serde::{Deserialize, Serialize};
 
 use crate::config::NetworkMode;
@@ -42,8 +42,6 @@ pub struct WantedRoute {
 pub struct View {
     /// This node.
     pub own: OwnNode,
-    /// Why podCIDRs of this node are not used.
-    pub own_refusals: Vec<String>,
     /// Where every pod and node address is.
     pub peers: BTreeMap<IpNet, Peer>,
     /// Routes of this node's own stack.
@@ -103,7 +101,6 @@ pub fn view(
             underlay,
             pod_cidrs: nodes.pod_cidrs(own_name),
         },
-        own_refusals: nodes.refusals(own_name).iter().map(Rejection::to_string).collect(),
         peers: BTreeMap::new(),
         routes: Vec::new(),
         paths: BTreeMap::new(),
@@ -293,7 +290,6 @@ mod tests {
         ]);
         let view = view(&set, "n1", VXLAN, None).unwrap();
         assert!(view.own.pod_cidrs.is_empty());
-        assert!(view.own_refusals[0].contains("n0"), "{:?}", view.own_refusals);
         assert!(view.unreachable["n3"].contains("n2"), "{:?}", view.unreachable);
         assert!(view.unreachable["n4"].contains("this node's own"), "{:?}", view.unreachable);
         assert_eq!(view.paths.len(), 2);

@@ -8,6 +8,7 @@
 //! on, and the next agent takes over.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
@@ -37,6 +38,10 @@ use crate::{clock, crash};
 
 /// How often flows that are over are removed from the connection table.
 const SWEEP: Duration = Duration::from_secs(10);
+/// How often the API server's name is looked up.
+const LOCATE_AGAIN: Duration = Duration::from_secs(300);
+/// And when that failed.
+const LOCATE_SOON: Duration = Duration::from_secs(10);
 /// How long the end waits for links that are being deleted. The rest is found by the next agent.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -198,6 +203,7 @@ impl Running {
 
         let _guard = runtime.enter();
         reporter.set_writer(EventWriter::start(client, "podway-agent", &node_name));
+        runtime.spawn(locate(client.clone(), wake.clone()));
         runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone()));
         Ok(Self { attacher, metrics, status, stopping, wake, threads })
     }
@@ -223,6 +229,39 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle
         .stack_size(512 << 10)
         .spawn(body)
         .map_err(failed("starting a thread"))
+}
+
+/// Tells the control loop where the API server is, as far as that can be known: behind a name may be others
+/// later on.
+async fn locate(client: Client, wake: SyncSender<Message>) {
+    let Some(host) = client.host() else { return };
+    let mut known: Vec<IpAddr> = Vec::new();
+    loop {
+        let pause = match tokio::net::lookup_host(host.clone()).await {
+            Ok(found) => {
+                let mut found: Vec<IpAddr> = found.map(|a| a.ip()).collect();
+                found.sort_unstable();
+                found.dedup();
+                if found == known {
+                    LOCATE_AGAIN
+                } else {
+                    match wake.try_send(Message::ApiServer(found.clone())) {
+                        Ok(()) => {
+                            known = found;
+                            LOCATE_AGAIN
+                        }
+                        Err(TrySendError::Full(_)) => Duration::from_millis(100),
+                        Err(TrySendError::Disconnected(_)) => return,
+                    }
+                }
+            }
+            Err(error) => {
+                debug!(host = host.0, %error, "the API server's name has no address now");
+                LOCATE_SOON
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// From the watch, which is asynchronous, to the control loop, which is not.

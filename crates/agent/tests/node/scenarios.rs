@@ -45,6 +45,7 @@ pub(crate) const ALL: &[Scenario] = &[
         without_the_api_server_pods_are_attached_from_memory,
     ),
     ("nodes_come_and_go", nodes_come_and_go),
+    ("a_range_that_would_cut_nodes_off_is_refused", a_range_that_would_cut_nodes_off_is_refused),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
 ];
 
@@ -712,6 +713,56 @@ fn nodes_come_and_go() {
     let error = node.add(&pods[2]).unwrap_err();
     assert!(error.details.contains("10.244.77.0/30: 2 of 2 in use"), "{error}");
     wait("the event", 5, || world.events().iter().any(|e| e.starts_with("AddressesExhausted: ")));
+}
+
+fn a_range_that_would_cut_nodes_off_is_refused() {
+    let world = World::ready();
+    let [n1, n2] = world.nodes.as_slice() else { unreachable!() };
+    let routes = |node: &crate::world::TestNode| -> Vec<String> {
+        let filter = podway_link::RouteFilter { protocol: Some(80), ..Default::default() };
+        let found = Netlink::open_in(&node.ns).unwrap().routes(filter).unwrap();
+        found.iter().map(|r| r.dst.to_string()).collect()
+    };
+    assert_eq!(routes(n1), ["10.244.2.0/24", "fd00:10:244:2::/64"]);
+    // Holds the API server and no node's address; n2 is what the incident was made of, n3 is not even there.
+    for (number, name) in [(2, "n2"), (3, "n3")] {
+        let mut object = node_object(number);
+        object["spec"] = json!({"podCIDRs": ["172.18.0.0/24", format!("fd00:10:244:{number}::/64")]});
+        object["metadata"]["creationTimestamp"] = json!("2001-01-01T00:00:00Z");
+        world.put_node(&object);
+        let want =
+            format!("{name}: spec.podCIDRs[0]: 172.18.0.0/24 overlaps the underlay 172.18.0.0/16 (eth0)");
+        for node in [n1, n2] {
+            wait("the refusal", 5, || {
+                node.http("/readyz").1.contains(if number == 2 { want.as_str() } else { "2 refused" })
+            });
+            let found = routes(node);
+            assert!(!found.iter().any(|r| r.starts_with("172.")), "{}: {found:?}", node.name);
+        }
+        if name == "n2" {
+            wait("its old route to go, and the other family to stay", 5, || {
+                routes(n1) == ["fd00:10:244:2::/64"]
+            });
+            wait("the event", 5, || {
+                world.events().iter().any(|e| e.contains("PodCIDROverlap") && e.contains(&want))
+            });
+        }
+    }
+    // The API server still has the way to correct it. A syntax error is told as what it is.
+    let mut broken = node_object(2);
+    broken["spec"] = json!({"podCIDRs": ["10.244.2.0"]});
+    world.put_node(&broken);
+    wait("the event", 5, || world.events().iter().any(|e| e.starts_with("InvalidPodCIDR: Node n2")));
+    world.put_node(&node_object(2));
+    world.delete_node("n3");
+    wait("the routes", 5, || routes(n1) == ["10.244.2.0/24", "fd00:10:244:2::/64"]);
+    // What is reserved follows the addresses of the machine.
+    let mut netlink = Netlink::open_in(&n1.ns).unwrap();
+    let eth0 = netlink.link_by_name("eth0").unwrap().unwrap().index;
+    netlink.add_address(eth0, "10.244.2.250/30".parse().unwrap(), Default::default()).unwrap();
+    wait("the route to go", 5, || routes(n1) == ["fd00:10:244:2::/64"]);
+    netlink.delete_address(eth0, "10.244.2.250/30".parse().unwrap()).unwrap();
+    wait("the route to come back", 5, || routes(n1) == ["10.244.2.0/24", "fd00:10:244:2::/64"]);
 }
 
 fn cleanup_leaves_nothing() {
