@@ -13,7 +13,7 @@ const SYMLINK: u32 = 0o120_000;
 const CHARACTER: u32 = 0o020_000;
 
 /// An archive in memory. Paths are relative to the root, without a leading slash.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Archive {
     bytes: Vec<u8>,
     entries: u32,

@@ -25,13 +25,9 @@ const APPLETS: &[&str] = &[
     "sleep", "stty", "timeout", "uname",
 ];
 
-/// Writes the archive. Files on the way to it go to `directory`.
-pub(super) fn build(
-    busybox: &Path,
-    modules: &[Module],
-    programs: &[Program],
-    directory: &Path,
-) -> Result<Vec<u8>> {
+/// What is the same for every kernel: all but the modules and the script. Read once, so that every kernel runs the
+/// same programs even when somebody builds meanwhile. Files on the way to it go to `directory`.
+pub(super) fn common(busybox: &Path, programs: &[Program], directory: &Path) -> Result<Archive> {
     let scratch = directory.join(format!("stripped-{}", std::process::id()));
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "run", "tmp", "var", "etc", "root", "modules"] {
@@ -65,6 +61,12 @@ pub(super) fn build(
             library.to_str().context("a library's path is no text")?.trim_start_matches('/').to_owned();
         archive.file(&name, 0o755, &read(&library)?)?;
     }
+    Ok(archive)
+}
+
+/// The archive for a kernel with these modules.
+pub(super) fn build(common: &Archive, modules: &[Module], programs: &[Program]) -> Result<Vec<u8>> {
+    let mut archive = common.clone();
     for module in modules {
         archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.object)?;
     }

@@ -57,6 +57,8 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
     let programs = programs(&options.filters)?;
     let busybox = kernel::unpack(&kernel::package_file("busybox-static", &directory)?)?.join("bin/busybox");
 
+    let common = image::common(&busybox, &programs, &directory)?;
+
     let mut accelerator = qemu::Accelerator::best();
     let mut columns = Vec::new();
     for series in &options.kernels {
@@ -68,7 +70,7 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
         println!("── kernel {} (Debian {})", kernel.release, kernel.version);
         let modules = modules::collect(&kernel.modules)?;
         let root = directory.join(format!("{}.cpio", kernel.release));
-        fs::write(&root, image::build(&busybox, &modules, &programs, &directory)?)
+        fs::write(&root, image::build(&common, &modules, &programs)?)
             .with_context(|| format!("cannot write {}", root.display()))?;
         let logs = directory.join(&kernel.release);
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
