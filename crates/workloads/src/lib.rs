@@ -70,6 +70,7 @@ pub fn reconcile(world: &World<'_>, config: &Config) -> Plan {
     scheduler::reconcile(&mut planner);
     services::reconcile(&mut planner);
     endpoints::reconcile(&mut planner);
+    events::retract(&mut planner);
     events::expire(&mut planner);
     planner.finish()
 }

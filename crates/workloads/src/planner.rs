@@ -38,7 +38,7 @@ pub(crate) struct Planner<'w, 'a> {
     /// The nodes that pods can be placed on.
     pub(crate) nodes: Rc<Vec<NodeInfo<'a>>>,
     plan: Plan,
-    said: HashSet<Event>,
+    pub(crate) said: HashSet<Event>,
     /// Names given to objects created in this plan.
     taken: HashSet<(&'static str, String, String)>,
     /// Pods that were adopted, released or deleted in this plan, by index: nobody else may touch them.
@@ -164,7 +164,8 @@ impl<'w, 'a> Planner<'w, 'a> {
     }
 
     pub(crate) fn say(&mut self, event: Event) {
-        if !self.world.has_event(&event) && self.said.insert(event.clone()) {
+        let known = self.world.has_event(&event);
+        if self.said.insert(event.clone()) && !known {
             self.plan.ops.push(Op::Event(event));
         }
     }

@@ -354,6 +354,9 @@ impl<'a> World<'a> {
     }
 }
 
+/// Who says that an object cannot be used.
+pub(crate) const INVALID_COMPONENT: &str = "podway-workloads";
+
 /// The event that reports an object which a controller cannot use.
 pub(crate) fn invalid(value: &Value, error: &Malformed) -> Event {
     Event {
@@ -361,7 +364,7 @@ pub(crate) fn invalid(value: &Value, error: &Malformed) -> Event {
         type_: EventType::Warning,
         reason: "InvalidObject",
         message: format!("{error}; correct the field and apply the object again"),
-        component: "podway-workloads",
+        component: INVALID_COMPONENT,
     }
 }
 

@@ -20,7 +20,7 @@ use crate::world::{Kind, Object};
 
 use range::{AddressRange, PortRange};
 
-const COMPONENT: &str = "service-controller";
+pub(crate) const COMPONENT: &str = "service-controller";
 
 /// `spec.ipFamilies` item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -115,6 +115,11 @@ fn impossible_requests_are_refused_with_a_reason() {
         assert!(events.len() == 1 && events[0].starts_with(message), "{request}: {events:?}");
         assert!(spec(&cluster, "second").get("ipFamilies").is_none_or(|f| *f == request["ipFamilies"]));
         assert!(cluster.events("first").is_empty());
+        // Corrected, nobody complains any more.
+        cluster.delete("Service", "default", "second");
+        cluster.apply(service("second", &json!({})));
+        cluster.settle();
+        assert!(cluster.events("second").is_empty(), "{request}: {:?}", cluster.events("second"));
     }
 }
 
