@@ -1,6 +1,7 @@
 //! The command line, as clap parses it. The doc comments are what `--help` prints.
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -191,7 +192,7 @@ pub(crate) struct Agent {
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub(crate) masquerade: bool,
     /// Destination that sees the pods' own addresses; may be given several times
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
     pub(crate) masquerade_exclude: Vec<IpNet>,
     /// Where to serve /metrics, /healthz and /readyz
     #[arg(long, default_value_t = ListenAddress { ip: None, port: config::DEFAULT_METRICS_PORT })]
@@ -291,6 +292,22 @@ impl Up {
             vxlan_port: self.vxlan_port,
             vxlan_vni: self.vxlan_vni,
         }
+    }
+}
+
+/// `ADDRESS/LENGTH`, with an error that says which of the two is wrong.
+fn cidr(text: &str) -> Result<IpNet, String> {
+    let (address, length) = text.split_once('/').unwrap_or((text, ""));
+    let Ok(address) = address.parse::<IpAddr>() else {
+        return Err(format!("{address:?} is no IP address; write ADDRESS/LENGTH such as 192.0.2.0/24"));
+    };
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    match length.parse() {
+        Ok(length) if length <= longest => IpNet::new(address, length).map_err(|e| e.to_string()),
+        _ if length.is_empty() => {
+            Err(format!("the prefix length is missing; {text}/{longest} is this address alone"))
+        }
+        _ => Err(format!("prefix length {length:?} is not 0 to {longest}")),
     }
 }
 
@@ -517,6 +534,23 @@ mod tests {
             [("pod/a", true), ("pod", false), ("/a", false), ("pod/", false), ("a/b/c", false)]
         {
             assert_eq!(kind_and_name(text).is_ok(), good, "{text}");
+        }
+    }
+
+    #[test]
+    fn prefixes_say_what_is_wrong() {
+        for (text, part) in [
+            ("192.0.2.0/24", ""),
+            ("2001:db8::/32", ""),
+            ("1.2.3.4/99", "prefix length \"99\" is not 0 to 32"),
+            ("::1/129", "not 0 to 128"),
+            ("1.2.3.4/-1", "prefix length"),
+            ("1.2.3.4", "1.2.3.4/32 is this address alone"),
+            ("1.2.3/8", "\"1.2.3\" is no IP address"),
+        ] {
+            let error = cidr(text).err();
+            assert_eq!(error.is_none(), part.is_empty(), "{text}: {error:?}");
+            assert!(error.unwrap_or_default().contains(part), "{text}");
         }
     }
 

@@ -80,7 +80,8 @@ fn up(args: &Up) -> anyhow::Result<u8> {
     });
     runtime()?.block_on(async {
         let mut client = Client::of_lab(&spec.name)?;
-        for node in up::wait_nodes(&mut client, &spec).await? {
+        let late = up::wait_nodes(&mut client, &spec).await?;
+        for node in &late {
             progress.say(&format!("note: pods are placed without {}: {}", node.name, node.message));
         }
         let applied = up::fill(&mut client, &loaded).await?;
@@ -93,7 +94,9 @@ fn up(args: &Up) -> anyhow::Result<u8> {
         progress.say(&format!("{} objects created, {} updated", applied.created, applied.replaced));
         let whole = loaded.problems.is_empty() && applied.problems.is_empty();
         if args.no_wait {
-            return Ok(if whole { OK } else { FAILED });
+            // A node that somebody has stopped is as it should be; one whose agent does not come up is not.
+            let nodes = late.iter().all(|node| node.stopped);
+            return Ok(if whole && nodes { OK } else { FAILED });
         }
         let waited = up::wait(&mut client, &spec, args.timeout, |seen| {
             progress.update(&summary(seen), || waiting_for(seen));
@@ -110,9 +113,14 @@ fn up(args: &Up) -> anyhow::Result<u8> {
                 Waited::TimedOut(_) => format!("not everything is ready after {} s", args.timeout.as_secs()),
                 _ => "some of it cannot become ready".into(),
             };
-            progress.say(&format!("{why}:"));
-            for line in waiting_for(seen) {
-                progress.say(&format!("  {line}"));
+            let lines = waiting_for(seen);
+            if progress.has_shown(&lines) {
+                progress.say(&format!("{why}, as listed above"));
+            } else {
+                progress.say(&format!("{why}:"));
+                for line in lines {
+                    progress.say(&format!("  {line}"));
+                }
             }
         }
         output::print(&next_steps(&spec.name));

@@ -44,6 +44,7 @@ pub(crate) struct Progress {
     terminal: bool,
     last: String,
     detailed: Instant,
+    details: Vec<String>,
 }
 
 /// Between two lists of what is being waited for.
@@ -51,7 +52,17 @@ const DETAILS_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
     pub(crate) fn new() -> Self {
-        Self { terminal: io::stderr().is_terminal(), last: String::new(), detailed: Instant::now() }
+        Self {
+            terminal: io::stderr().is_terminal(),
+            last: String::new(),
+            detailed: Instant::now(),
+            details: Vec::new(),
+        }
+    }
+
+    /// Whether these were the last details shown.
+    pub(crate) fn has_shown(&self, details: &[String]) -> bool {
+        !details.is_empty() && self.details == details
     }
 
     /// A line that stays.
@@ -60,13 +71,18 @@ impl Progress {
         error(text);
     }
 
-    /// The line that changes; `details` are shown now and then when the wait is long.
+    /// The line that changes; `details` are shown now and then when the wait is long and they have changed.
     pub(crate) fn update(&mut self, text: &str, details: impl FnOnce() -> Vec<String>) {
         if self.detailed.elapsed() >= DETAILS_EVERY {
             self.detailed = Instant::now();
-            self.end();
-            for line in details() {
-                error(&format!("  {line}"));
+            let details = details();
+            // The same list again says nothing new.
+            if details != self.details {
+                self.end();
+                for line in &details {
+                    error(&format!("  {line}"));
+                }
+                self.details = details;
             }
         }
         if text == self.last {
@@ -93,6 +109,20 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn details_are_shown_when_they_are_due_and_new() {
+        let mut progress = Progress::new();
+        let lines = |text: &str| vec![text.to_owned()];
+        progress.update("1", || lines("early"));
+        assert!(!progress.has_shown(&lines("early")) && !progress.has_shown(&[]));
+        for text in ["a", "a", "b"] {
+            progress.detailed = Instant::now().checked_sub(DETAILS_EVERY).expect("up for long enough");
+            progress.update("2", || lines(text));
+            assert!(progress.has_shown(&lines(text)));
+        }
+        assert!(!progress.has_shown(&lines("a")));
+    }
 
     #[test]
     fn columns_line_up() {
