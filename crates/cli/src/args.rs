@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use podway_agent::logging::LogFormat;
 use podway_agent::{Instance, ListenAddress, config};
+use podway_lab::faults;
 use podway_lab::roll::Workload;
 use podway_lab::spec::{self, LabName, LabSpec};
 
@@ -85,6 +86,17 @@ pub(crate) enum Lab {
     /// Work on a node
     #[command(subcommand)]
     Node(Node),
+    /// Break the link between two nodes, in both directions, or mend it
+    ///
+    /// The options of the newest command are all that is wrong between the two. Nobody is told of a lost packet, as on
+    /// a broken link; podway lab status shows what is broken.
+    Link(Link),
+    /// Work as a client from beyond the cluster
+    ///
+    /// It is on a network of its own behind a router, and has a route to the nodes' addresses, but to no pod and to
+    /// no service.
+    #[command(subcommand)]
+    Outside(Outside),
     /// Print the lab's kubeconfig, or its path: export KUBECONFIG=$(podway lab kubeconfig --path)
     Kubeconfig(Kubeconfig),
     /// Check that every pod and node reaches every other, by ICMP and TCP, with its own source address
@@ -438,6 +450,71 @@ pub(crate) struct Ready {
 pub(crate) enum Node {
     /// Run a command in a node's network namespace
     Exec(NodeExec),
+    /// Add a node and wait until it is ready
+    Add(NodeAdd),
+    /// Remove a node: its pods end in their own time, then everything of it goes
+    Remove(NodeName),
+    /// Take the power from a node: its agent and its pods are killed, its link goes down
+    ///
+    /// The Node object stays and is not ready. Pods that are bound to it stay bound and are not ready; nobody else
+    /// takes their place, as in the first five minutes of such a failure in a real cluster.
+    Stop(NodeName),
+    /// Give a stopped node its power back: its agent comes up and adopts its pods, whose containers start again
+    Start(NodeName),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeAdd {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Zone of the node [default: the next one in turn]
+    #[arg(long)]
+    pub(crate) zone: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeName {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The node, such as node-1
+    pub(crate) node: String,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("fault").required(true).multiple(true))]
+pub(crate) struct Link {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The nodes, such as node-1 node-2
+    #[arg(value_name = "NODE", num_args = 2, required = true)]
+    pub(crate) nodes: Vec<String>,
+    /// Let nothing pass
+    #[arg(long, group = "fault", conflicts_with_all = ["up", "mtu", "loss"])]
+    pub(crate) down: bool,
+    /// Let everything pass again
+    #[arg(long, group = "fault", conflicts_with_all = ["mtu", "loss"])]
+    pub(crate) up: bool,
+    /// Lose IP packets that are larger than this, in bytes
+    #[arg(long, group = "fault", value_name = "BYTES", value_parser = clap::value_parser!(u32).range(68..=65_535))]
+    pub(crate) mtu: Option<u32>,
+    /// Lose this share of packets, in percent, such as 5 or 0.1
+    #[arg(long, group = "fault", value_name = "PERCENT", value_parser = faults::percentage)]
+    pub(crate) loss: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Outside {
+    /// Run a command there
+    Exec(OutsideExec),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OutsideExec {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// The command of this machine to run there
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -582,9 +659,16 @@ mod tests {
             assert_eq!((spec.family, spec.underlay_family, spec.zones), (family, underlay, zones), "{line}");
             assert_eq!(spec.validate(), Ok(()), "{line}");
         }
-        for line in
-            ["podway lab up", "podway lab up x --name a-b", "podway lab exec p ls", "podway lab down a --all"]
-        {
+        for line in [
+            "podway lab up",
+            "podway lab up x --name a-b",
+            "podway lab exec p ls",
+            "podway lab down a --all",
+            "podway lab link a b",
+            "podway lab link a --down",
+            "podway lab link a b --up --loss 5",
+            "podway lab link a b --mtu 10",
+        ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
     }

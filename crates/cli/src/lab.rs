@@ -1,6 +1,7 @@
 //! `podway lab …`.
 
 mod history;
+mod nodes;
 mod objects;
 mod workloads;
 
@@ -9,6 +10,7 @@ use podway_lab::check;
 use podway_lab::client::Client;
 use podway_lab::down;
 use podway_lab::exec;
+use podway_lab::faults::{self, Fault};
 use podway_lab::observe::{Observation, observe};
 use podway_lab::spec::LabName;
 use podway_lab::state::{self, StateDir};
@@ -17,7 +19,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::args::{
-    Down, Exec, Format, Kubeconfig, Lab, Node, NodeExec, OutputFormat, Shell, Show, Up, Which,
+    Down, Exec, Format, Kubeconfig, Lab, Link, Node, NodeExec, OutputFormat, Outside, OutsideExec, Shell,
+    Show, Up, Which,
 };
 use crate::output::{self, Progress, table};
 use crate::{FAILED, OK};
@@ -36,6 +39,12 @@ pub(crate) fn run(command: Lab) -> anyhow::Result<u8> {
         Lab::Roll(args) => workloads::roll(&args),
         Lab::Ready(args) => workloads::ready(&args),
         Lab::Node(Node::Exec(args)) => node_exec(args),
+        Lab::Node(Node::Add(args)) => nodes::add(&args),
+        Lab::Node(Node::Remove(args)) => nodes::remove(&args),
+        Lab::Node(Node::Stop(args)) => nodes::power(&args, false),
+        Lab::Node(Node::Start(args)) => nodes::power(&args, true),
+        Lab::Link(args) => link(args),
+        Lab::Outside(Outside::Exec(args)) => outside_exec(args),
         Lab::Kubeconfig(args) => kubeconfig(&args),
         Lab::Check(args) => check(&args),
         Lab::Down(args) => down(&args),
@@ -107,7 +116,7 @@ fn up(args: &Up) -> anyhow::Result<u8> {
             Waited::Settled(seen) => (seen, true),
             Waited::Stuck(seen) | Waited::TimedOut(seen) => (seen, false),
         };
-        output::print(&describe(seen));
+        output::print(&describe(seen, &faults::list(&spec.name)?));
         if !settled {
             let why = match waited {
                 Waited::TimedOut(_) => format!("not everything is ready after {} s", args.timeout.as_secs()),
@@ -150,7 +159,7 @@ fn waiting_for(seen: &Observation) -> Vec<String> {
     nodes.chain(pods).chain(workloads).chain(seen.malformed.iter().cloned()).collect()
 }
 
-fn describe(seen: &Observation) -> String {
+fn describe(seen: &Observation, faults: &[Fault]) -> String {
     let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
     let mtu = |m: Option<u32>| m.map_or_else(|| "-".to_owned(), |m| m.to_string());
     let join = |list: &[std::net::IpAddr]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -164,7 +173,12 @@ fn describe(seen: &Observation) -> String {
         let pod_mtu = mtus.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         nodes.push(vec![
             node.name.clone(),
-            if node.ready { "yes" } else { "no" }.into(),
+            match (node.stopped, node.ready) {
+                (true, _) => "stopped",
+                (false, true) => "yes",
+                (false, false) => "no",
+            }
+            .into(),
             node.zone.clone(),
             join(&node.addresses),
             own.len().to_string(),
@@ -185,7 +199,10 @@ fn describe(seen: &Observation) -> String {
             if pod.node.is_empty() { "-".into() } else { pod.node.clone() },
         ]);
     }
-    format!("\n{}\n{}", table(&nodes), table(&pods))
+    let mut links = vec![row(&["LINK", "FAULT"])];
+    links.extend(faults.iter().map(|f| vec![format!("{} {}", f.a, f.b), f.describe()]));
+    let links = if faults.is_empty() { String::new() } else { format!("\n{}", table(&links)) };
+    format!("\n{}\n{}{links}", table(&nodes), table(&pods))
 }
 
 fn next_steps(lab: &LabName) -> String {
@@ -211,16 +228,18 @@ struct Status<'a> {
     settled: bool,
     #[serde(flatten)]
     seen: &'a Observation,
+    faults: &'a [Fault],
 }
 
 fn status(args: &Show) -> anyhow::Result<u8> {
     let lab = pick(&args.which)?;
     let seen = look(&lab)?;
     let settled = seen.is_settled();
+    let faults = faults::list(&lab)?;
     match args.format.output {
-        OutputFormat::Json => output::json(&Status { name: &lab, settled, seen: &seen })?,
+        OutputFormat::Json => output::json(&Status { name: &lab, settled, seen: &seen, faults: &faults })?,
         OutputFormat::Text => {
-            output::print(&format!("lab {lab}: {}\n{}", summary(&seen), describe(&seen)));
+            output::print(&format!("lab {lab}: {}\n{}", summary(&seen), describe(&seen, &faults)));
             for line in waiting_for(&seen) {
                 output::print(&format!("  {line}\n"));
             }
@@ -291,6 +310,20 @@ fn shell(args: &Shell) -> anyhow::Result<u8> {
 fn node_exec(args: NodeExec) -> anyhow::Result<u8> {
     let lab = pick(&args.which)?;
     Err(exec::in_node(&lab, &args.node, args.command)?.exec())
+}
+
+fn link(args: Link) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    let Ok([a, b]) = <[String; 2]>::try_from(args.nodes) else {
+        bail!("a link has two ends; name two nodes")
+    };
+    faults::put(&lab, Fault { a, b, down: args.down, mtu: args.mtu, loss_ppm: args.loss })?;
+    Ok(OK)
+}
+
+fn outside_exec(args: OutsideExec) -> anyhow::Result<u8> {
+    let lab = pick(&args.which)?;
+    Err(exec::outside(&lab, args.command)?.exec())
 }
 
 fn kubeconfig(args: &Kubeconfig) -> anyhow::Result<u8> {

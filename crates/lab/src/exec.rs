@@ -51,6 +51,26 @@ pub async fn in_pod(
     })
 }
 
+/// A command of the client beyond the nodes, which has a route to the nodes' addresses alone. Files are the
+/// machine's own.
+///
+/// # Errors
+/// When the lab is not there.
+pub fn outside(lab: &LabName, command: Vec<OsString>) -> anyhow::Result<PodExec> {
+    if StateDir::of(lab).lab()?.is_none() {
+        bail!("there is no lab {lab}; podway lab list shows those that are")
+    }
+    let cgroup = Cgroup::of_lab(lab)?.child("outside");
+    cgroup.create()?;
+    Ok(PodExec {
+        cgroup: Some(cgroup),
+        netns: Some(Path::new(NETNS_DIR).join(lab.outside_netns())),
+        hostname: Some("outside".into()),
+        command,
+        ..PodExec::default()
+    })
+}
+
 /// The shell that people get: bash where the machine has it.
 #[must_use]
 pub fn shell() -> Vec<OsString> {
@@ -134,7 +154,7 @@ pub(crate) fn check_node(lab: &LabName, node: &str) -> anyhow::Result<()> {
 }
 
 /// The lab's nodes, by their namespaces: they are there even when nobody runs the lab any more.
-fn nodes(lab: &LabName) -> anyhow::Result<Vec<String>> {
+pub(crate) fn nodes(lab: &LabName) -> anyhow::Result<Vec<String>> {
     let prefix = lab.netns_prefix();
     let all = Netns::list_named(&lab.node_netns("node-"))?;
     let mut names: Vec<String> =

@@ -16,7 +16,8 @@
 //! - [`supervisor`] and its runner: the process that is the lab.
 //! - [`standin`], [`pod_exec`], [`etc`]: what runs in pods, how it gets there, which files it sees.
 //! - [`observe`], [`history`], [`logs`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
-//! - [`roll`], [`readiness`]: what people do to running workloads.
+//! - [`roll`], [`readiness`], [`nodes`], [`faults`]: what people do to running workloads,
+//!   nodes and links.
 //! - [`up`], [`down`](mod@down): making it and removing it without a trace.
 //!
 //! A lab has no leg on the machine's network. Everything of it is found by the lab's name alone, so that it can
@@ -30,9 +31,11 @@ pub mod down;
 pub mod etc;
 mod events;
 pub mod exec;
+pub mod faults;
 pub mod history;
 pub mod logs;
 pub mod manifest;
+pub mod nodes;
 pub mod observe;
 pub mod pod_exec;
 pub mod readiness;

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::client::Client;
+use crate::nodes::POWER_ANNOTATION;
 use crate::spec::LabName;
 use crate::topology::UPLINK;
 
@@ -26,6 +27,8 @@ pub struct NodeStatus {
     pub pod_cidrs: Vec<String>,
     /// Whether its agent is ready.
     pub ready: bool,
+    /// Whether somebody has stopped it.
+    pub stopped: bool,
     /// Why not.
     pub message: String,
     /// MTU of its link to the fabric in bytes, from the kernel.
@@ -253,6 +256,7 @@ fn node(object: &Value) -> NodeStatus {
             .filter_map(|c| c.as_str().map(str::to_owned))
             .collect(),
         ready: ready.is_some_and(|c| c["status"] == "True"),
+        stopped: object["metadata"]["annotations"][POWER_ANNOTATION] == "off",
         message: ready.and_then(|c| c["message"].as_str()).unwrap_or("no Ready condition").to_owned(),
         uplink_mtu: None,
     }

@@ -78,6 +78,12 @@ impl LabName {
         format!("podway-{}-fabric", self.0)
     }
 
+    /// Network namespace of the client beyond the nodes.
+    #[must_use]
+    pub fn outside_netns(&self) -> String {
+        format!("podway-{}-outside", self.0)
+    }
+
     /// Network namespace of a node.
     #[must_use]
     pub fn node_netns(&self, node: &str) -> String {
@@ -331,7 +337,18 @@ impl LabSpec {
         (1..=self.nodes).map(|i| self.node_plan(i)).collect()
     }
 
-    fn node_plan(&self, index: u16) -> NodePlan {
+    /// The plan of a node by its name, also of one that was not there from the beginning.
+    #[must_use]
+    pub fn plan_of(&self, name: &str) -> Option<NodePlan> {
+        let index: u16 = name.strip_prefix("node-")?.parse().ok()?;
+        let plan = self.node_plan(index);
+        // `node-01` and `node-+1` are no names of ours.
+        ((1..=MAX_NODES).contains(&index) && plan.name == name).then_some(plan)
+    }
+
+    /// The plan of the node with this number, 1 to [`MAX_NODES`].
+    #[must_use]
+    pub fn node_plan(&self, index: u16) -> NodePlan {
         // At most MAX_NODES, so the number fits into one byte.
         let [_, low] = index.to_be_bytes();
         let v4 = IpAddr::V4(Ipv4Addr::new(172, 18, 1, low));
@@ -352,7 +369,7 @@ impl LabSpec {
             name: format!("node-{index}"),
             addresses,
             pod_cidrs,
-            zone: format!("zone-{}", (index - 1) % self.zones + 1),
+            zone: format!("zone-{}", index.saturating_sub(1) % self.zones.max(1) + 1),
             region: "lab".into(),
         }
     }
@@ -371,6 +388,23 @@ impl LabSpec {
             out.reverse();
         }
         out
+    }
+
+    /// Addresses of the client beyond the nodes and of the router before it, by family.
+    #[must_use]
+    pub fn outside_addresses(&self) -> Vec<(IpAddr, IpAddr)> {
+        let v4 = |last| IpAddr::V4(Ipv4Addr::new(172, 19, 0, last));
+        let v6 = |last| IpAddr::V6(Ipv6Addr::new(0xfd00, 0x172, 0x19, 0, 0, 0, 0, last));
+        let clients = self.both(v4(2), v6(2), self.underlay_has_v4(), self.underlay_has_v6());
+        let routers = self.both(v4(1), v6(1), self.underlay_has_v4(), self.underlay_has_v6());
+        clients.into_iter().zip(routers).collect()
+    }
+
+    /// Prefixes of the underlay.
+    #[must_use]
+    pub fn underlay_cidrs(&self) -> Vec<IpNet> {
+        let net = |address| IpNet::new_assert(address, underlay_prefix(address)).trunc();
+        self.fabric_addresses().into_iter().map(net).collect()
     }
 
     /// All pods' prefixes.
@@ -505,6 +539,21 @@ mod tests {
             assert_eq!(text(plan.addresses.iter().map(ToString::to_string).collect()), node);
             assert_eq!(text(plan.pod_cidrs.iter().map(ToString::to_string).collect()), pods);
             assert_eq!((plan.zone.as_str(), plan.name.as_str()), ("zone-2", "node-2"));
+        }
+    }
+
+    #[test]
+    fn plans_are_found_by_name() {
+        for (name, zone) in [
+            ("node-1", Some("zone-1")),
+            ("node-4", Some("zone-2")),
+            ("node-200", Some("zone-2")),
+            ("node-201", None),
+            ("node-0", None),
+            ("node-01", None),
+            ("fabric", None),
+        ] {
+            assert_eq!(spec().plan_of(name).map(|p| p.zone).as_deref(), zone, "{name}");
         }
     }
 

@@ -12,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use podway_apiserver::BearerToken;
 use serde::{Deserialize, Serialize};
 
+use crate::faults::Fault;
 use crate::spec::{LabName, LabSpec, labs_dir};
 
 /// The lab as it was asked for.
@@ -137,6 +138,22 @@ impl StateDir {
     /// With the file and the cause.
     pub fn write_supervisor(&self, supervisor: &SupervisorFile) -> anyhow::Result<()> {
         self.write("supervisor.json", &serde_json::to_vec_pretty(supervisor)?)
+    }
+
+    /// What is wrong between nodes on purpose.
+    ///
+    /// # Errors
+    /// When the file cannot be read or understood.
+    pub fn faults(&self) -> anyhow::Result<Option<Vec<Fault>>> {
+        self.read("faults.json")
+    }
+
+    /// Writes what is wrong between nodes on purpose.
+    ///
+    /// # Errors
+    /// With the file and the cause.
+    pub fn write_faults(&self, faults: &[Fault]) -> anyhow::Result<()> {
+        self.write("faults.json", &serde_json::to_vec_pretty(faults)?)
     }
 
     /// Writes a file whole, for root alone.

@@ -94,7 +94,7 @@ fn nodes_reach_each_other_in_both_families_and_nothing_stays_behind() {
     assert!(topology::create(&spec).is_err(), "a second fabric of the same name");
     assert_eq!(
         Netns::list_named(&spec.name.netns_prefix()).expect("list").len(),
-        4,
+        5,
         "and the first is whole"
     );
     drop((client, server));
@@ -105,7 +105,7 @@ fn nodes_reach_each_other_in_both_families_and_nothing_stays_behind() {
     assert!(!Path::new(&spec.name.state_dir()).exists() && !cgroup.path().exists());
     assert_eq!(
         Netns::list_named(&other.name.netns_prefix()).expect("list").len(),
-        2,
+        3,
         "the other lab is whole"
     );
     let again = down(&spec.name).expect("down again");

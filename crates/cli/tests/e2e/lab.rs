@@ -62,9 +62,9 @@ impl Lab {
         let mut all = vec!["lab"];
         let (verb, rest) = args.split_first().unwrap();
         all.push(verb);
-        // `node exec` is a verb of two words.
+        // `node exec` and `outside exec` are verbs of two words.
         let rest = match rest.split_first() {
-            Some((second, rest)) if *verb == "node" => {
+            Some((second, rest)) if matches!(*verb, "node" | "outside") => {
                 all.push(second);
                 rest
             }
@@ -133,11 +133,13 @@ impl Lab {
         pod["status"]["podIP"].as_str().unwrap().parse().unwrap()
     }
 
-    /// A value of a node's metrics whose line starts with `prefix`, summed over its labels.
+    /// A value of a node's metrics whose line starts with `prefix`, summed over its labels; not a number, so
+    /// equal to nothing, when there is no such line.
     pub(crate) fn metric(&self, node: &str, prefix: &str) -> f64 {
         let metrics = self.on_node(node, &["curl", "-sf", "http://127.0.0.1:9950/metrics"]);
         let lines = metrics.lines().filter(|l| l.starts_with(prefix));
-        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        let values: Vec<f64> = lines.filter_map(|l| l.rsplit(' ').next()?.parse().ok()).collect();
+        if values.is_empty() { f64::NAN } else { values.iter().sum() }
     }
 
     /// A counter of `/proc/net/snmp` of a node, such as `Ip` `FragCreates`.

@@ -199,7 +199,11 @@ fn probes_decide_who_is_ready_and_who_is_restarted() {
     assert_eq!(container("deaf")["restartCount"], 0);
     assert_eq!(container("deaf")["started"], true);
     let status = lab.run(&["status"]);
-    assert!(text(&status).contains("pod default/deaf: container main: Readiness probe failed"), "{}", text(&status));
+    assert!(
+        text(&status).contains("pod default/deaf: container main: Readiness probe failed"),
+        "{}",
+        text(&status)
+    );
 
     wait_for("the late one to be restarted", limit, || container("late")["restartCount"].as_u64() > Some(0));
     assert_eq!(container("late")["started"], false);
@@ -224,6 +228,76 @@ fn probes_decide_who_is_ready_and_who_is_restarted() {
     );
     fs::remove_file(mood.with_extension("sick")).unwrap();
     wait_for("the moody one to be well again", limit, || ready("moody"));
+}
+
+/// A pod on every node.
+const EVERYWHERE: &str = r#"
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: every}
+spec:
+  selector: {matchLabels: {app: every}}
+  template:
+    metadata: {labels: {app: every}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers: [{name: main, image: every, ports: [{containerPort: 8080}]}]
+"#;
+
+#[test]
+fn nodes_come_go_and_lose_power() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::of("t_nodes", EVERYWHERE, &["--nodes", "2", "--family", "dual"]);
+    let said = |args: &[&str]| {
+        let output = lab.run(args);
+        assert!(output.status.success(), "{args:?}: {}{}", text(&output), text(&lab.run(&["logs"])));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let settle = |counts: &str| {
+        wait_for(counts, Duration::from_secs(30), || text(&lab.run(&["status"])).contains(counts));
+    };
+    assert_eq!(said(&["node", "add", "--zone", "zone-9"]), "node-3 is ready\n");
+    settle("nodes 3/3 ready, pods 3/3 ready");
+    assert!(said(&["status"]).contains("zone-9"));
+    said(&["check"]);
+
+    let start = std::time::Instant::now();
+    assert_eq!(said(&["node", "stop", "node-2"]), "node-2 is stopped\n");
+    println!("stopped after {:?}", start.elapsed());
+    wait_for("status to show it", Duration::from_secs(5), || {
+        let status = text(&lab.run(&["status"]));
+        status.contains("stopped") && status.contains("nodes 2/3 ready, pods 2/3 ready")
+    });
+    // Who is left reaches who is left, and nobody answers on the stopped node.
+    let check = text(&lab.run(&["check"]));
+    assert!(check.contains("24 of 24 paths") && check.contains("node-2: stopped"), "{check}");
+    let dead = lab.run(&["node", "exec", "node-1", "--", "ping", "-c1", "-W1", "172.18.1.2"]);
+    assert!(!dead.status.success(), "{}", text(&dead));
+    assert_eq!(said(&["node", "start", "node-2"]), "node-2 is ready\n");
+    settle("nodes 3/3 ready, pods 3/3 ready");
+    said(&["check"]);
+
+    // A removed node takes its pods along, whether it has power or not, and leaves nothing.
+    said(&["node", "stop", "node-3"]);
+    assert_eq!(said(&["node", "remove", "node-3"]), "node-3 is gone\n");
+    assert_eq!(said(&["node", "remove", "node-2"]), "node-2 is gone\n");
+    settle("nodes 1/1 ready, pods 1/1 ready");
+    let left: Vec<String> =
+        ["/run/netns", "/run/podway/t_nodes", "/sys/fs/bpf/podway/t_nodes", "/run/podway/labs/t_nodes/nodes"]
+            .iter()
+            .flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten())
+            .map(|entry| entry.path().display().to_string())
+            .filter(|path| path.contains("t_nodes") && (path.ends_with("node-2") || path.ends_with("node-3")))
+            .collect();
+    assert_eq!(left, Vec::<String>::new());
+    let unknown = lab.run(&["node", "stop", "node-2"]);
+    assert!(text(&unknown).contains("has no node node-2; it has: node-1"), "{}", text(&unknown));
+    // A name can be used again.
+    assert_eq!(said(&["node", "add"]), "node-2 is ready\n");
+    settle("nodes 2/2 ready, pods 2/2 ready");
+    said(&["check"]);
 }
 
 /// A pod whose container says something and ends, again and again.
@@ -284,4 +358,92 @@ fn events_logs_and_shells_show_what_goes_on() {
     }
     let nobody = lab.run(&["shell", "node-9"]);
     assert!(!nobody.status.success(), "{}", text(&nobody));
+}
+
+#[test]
+fn the_client_outside_reaches_nodes_alone() {
+    if !can_run() {
+        return;
+    }
+    for (name, family) in [("t_outside4", "ipv4"), ("t_outside6", "ipv6")] {
+        let lab = Lab::of(name, PAIR, &["--nodes", "2", "--family", family]);
+        let outside = |command: &[&str]| lab.run(&[&["outside", "exec", "--"], command].concat());
+        let node =
+            lab.get(&["node", "node-2"])["status"]["addresses"][0]["address"].as_str().unwrap().to_owned();
+        let ping = outside(&["ping", "-c3", "-i0.1", "-W2", &node]);
+        assert!(text(&ping).contains("3 received"), "{}", text(&ping));
+        let pod = lab.pod_ip("b").to_string();
+        let refused = outside(&["ping", "-c1", "-W1", &pod]);
+        assert!(text(&refused).to_lowercase().contains("network is unreachable"), "{}", text(&refused));
+        // The other way, a pod is one of its node's connections.
+        let client = if family == "ipv4" { "172.19.0.2" } else { "fd00:172:19::2" };
+        let out = lab.exec("a", &["ping", "-c2", "-i0.1", "-W2", client]);
+        assert!(out.contains("2 received"), "{out}");
+        assert!(lab.run(&["check"]).status.success());
+    }
+}
+
+#[test]
+fn links_between_nodes_break_and_mend() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::of("t_links", PAIR, &["--nodes", "3"]);
+    let b = lab.pod_ip("b").to_string();
+    let link = |options: &[&str]| {
+        let output = lab.run(&[&["link", "node-2", "node-1"], options].concat());
+        assert!(output.status.success(), "{options:?}: {}", text(&output));
+    };
+    let ping = |options: &[&str]| -> usize {
+        let out = text(&lab.try_exec("a", &[&["ping", "-W1"], options, &[b.as_str()]].concat()));
+        let received =
+            out.split(" received").next().and_then(|o| o.rsplit(' ').next()).and_then(|n| n.parse().ok());
+        received.unwrap_or_else(|| panic!("{out}"))
+    };
+    assert_eq!(ping(&["-c3", "-i0.1"]), 3);
+
+    link(&["--down"]);
+    let status = text(&lab.run(&["status"]));
+    assert!(status.contains("node-2 node-1   down"), "{status}");
+    assert_eq!(ping(&["-c2", "-i0.1"]), 0);
+    // The others are not hit.
+    lab.on_node("node-1", &["ping", "-c1", "-W2", "172.18.1.3"]);
+    link(&["--up"]);
+    wait_for("pings to pass again", Duration::from_secs(10), || ping(&["-c1"]) == 1);
+    assert!(!text(&lab.run(&["status"])).contains("FAULT"));
+
+    // 1300 bytes and their headers fit into 1400 with the tunnel's 50, 1400 do not.
+    link(&["--mtu", "1400"]);
+    assert!(text(&lab.run(&["status"])).contains("packets above 1400 bytes are lost"));
+    assert_eq!(ping(&["-c2", "-i0.1", "-s1300"]), 2);
+    assert_eq!(ping(&["-c2", "-i0.1", "-s1400", "-Mdont"]), 0);
+
+    // A limit that nothing exceeds costs nothing: packets are judged as they are on the wire, not in bundles.
+    link(&["--mtu", "1500"]);
+    let iperf = lab.exec("a", &["iperf3", "-J", "-c", &b, "-t", "1"]);
+    let result: serde_json::Value = serde_json::from_str(&iperf).unwrap();
+    let sent = &result["end"]["sum_sent"];
+    println!("{} bit/s, {} retransmits", sent["bits_per_second"], sent["retransmits"]);
+    assert!(sent["bits_per_second"].as_f64().unwrap() > 20e6, "{sent}");
+
+    // A quarter of the round trips is left.
+    link(&["--loss", "50"]);
+    let received = ping(&["-c80", "-i0.02"]);
+    println!("{received} of 80");
+    assert!((1..60).contains(&received), "{received} of 80");
+    let rules = ["nft", "list", "table", "bridge", "podway_faults"];
+    let in_fabric = std::process::Command::new("ip")
+        .args(["netns", "exec", "podway-t_links-fabric"])
+        .args(rules)
+        .output()
+        .unwrap();
+    assert!(text(&in_fabric).contains("numgen random"), "{}", text(&in_fabric));
+    link(&["--up"]);
+    assert_eq!(ping(&["-c20", "-i0.02"]), 20);
+    let check = lab.run(&["check"]);
+    assert!(check.status.success(), "{}", text(&check));
+    let own = lab.run(&["link", "node-1", "node-1", "--down"]);
+    assert!(text(&own).contains("no link to itself"), "{}", text(&own));
+    let nobody = lab.run(&["link", "node-1", "node-9", "--down"]);
+    assert!(text(&nobody).contains("has no node node-9"), "{}", text(&nobody));
 }

@@ -193,6 +193,10 @@ fn endpoints(lab: &LabName, observation: &Observation) -> (Vec<Endpoint>, Vec<St
         });
     }
     for node in &observation.nodes {
+        if node.stopped {
+            left_out.push(format!("{}: stopped", node.name));
+            continue;
+        }
         out.push(Endpoint {
             name: node.name.clone(),
             is_node: true,

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::probe::{Probes, Verdict};
+use super::{NodeContext, Power};
 use crate::cgroup::Cgroup;
 use crate::standin::{self, Identity, Port, Protocol, Report};
 
@@ -149,8 +151,8 @@ impl ContainerSpec {
 pub(super) struct Place {
     pub(super) cgroup: Cgroup,
     pub(super) netns: PathBuf,
-    /// The node's, where probes come from.
-    pub(super) node_netns: PathBuf,
+    /// The node; probes come from there.
+    pub(super) on: Arc<NodeContext>,
     pub(super) hostname: String,
     /// Folder with `hosts`, `resolv.conf`, logs and stand-in configurations.
     pub(super) dir: PathBuf,
@@ -240,6 +242,26 @@ pub(super) async fn run(
             let _ = report.send((index, progress)).await;
             return;
         }
+        if place.on.power() != Power::On {
+            let message = format!("{} is stopped", place.node);
+            progress.state = State::Waiting { reason: "NodeStopped", message };
+            progress.last = Some(exit.clone());
+            let _ = report.send((index, progress.clone())).await;
+            tokio::select! {
+                () = place.on.on() => {}
+                () = stopped(&mut stop) => {}
+            }
+            if place.on.power() == Power::Gone {
+                stopped(&mut stop).await;
+            }
+            if stop.borrow().is_some() {
+                progress.state = State::Terminated(exit);
+                let _ = report.send((index, progress)).await;
+                return;
+            }
+            progress.restarts += 1;
+            continue;
+        }
         if started.elapsed() > BACKOFF_RESET {
             backoff = BACKOFF;
         }
@@ -327,6 +349,12 @@ async fn once(
             () = stopped(stop) => {
                 probing = None;
                 break terminate(&mut child, stop).await;
+            }
+            () = place.on.off() => {
+                "the node was stopped".clone_into(&mut message);
+                // The whole node is being killed; this only makes sure.
+                let _ = child.start_kill();
+                break child.wait().await;
             }
             Some(verdict) = verdicts.recv() => verdict,
         };

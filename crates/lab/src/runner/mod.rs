@@ -4,6 +4,7 @@
 //! dispatcher here only hands the pod's newest state to that task.
 
 pub(crate) mod container;
+mod node;
 mod pod;
 mod probe;
 mod sandbox;
@@ -20,27 +21,18 @@ use serde_json::Value;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::cgroup::Cgroup;
 use crate::etc::ResolvConf;
-use crate::spec::{LabName, LabSpec, NodePlan};
+use crate::spec::{LabName, LabSpec};
+pub(crate) use node::{NodeContext, NodeTable, Power};
 
 /// Sandboxes that are made at the same time. More would only fight for the kernel's rtnl lock.
 const PARALLEL_SANDBOXES: usize = 8;
-
-/// A node as the runner sees it.
-#[derive(Debug)]
-pub(crate) struct NodeContext {
-    pub(crate) plan: NodePlan,
-    pub(crate) cgroup: Cgroup,
-    pub(crate) netns: PathBuf,
-    pub(crate) agent_socket: PathBuf,
-}
 
 /// What all pods' tasks share.
 pub(crate) struct Runner {
     pub(crate) lab: LabName,
     pub(crate) store: Arc<Store>,
-    pub(crate) nodes: HashMap<String, Arc<NodeContext>>,
+    pub(crate) nodes: Arc<NodeTable>,
     /// The CNI plugin, by the name that makes the binary behave as one.
     pub(crate) cni_plugin: PathBuf,
     pub(crate) cluster_dns: Vec<IpAddr>,
@@ -51,16 +43,11 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub(crate) fn new(
-        spec: &LabSpec,
-        store: Arc<Store>,
-        nodes: impl IntoIterator<Item = Arc<NodeContext>>,
-        cni_plugin: PathBuf,
-    ) -> Self {
+    pub(crate) fn new(spec: &LabSpec, store: Arc<Store>, nodes: Arc<NodeTable>, cni_plugin: PathBuf) -> Self {
         Self {
             lab: spec.name.clone(),
             store,
-            nodes: nodes.into_iter().map(|n| (n.plan.name.clone(), n)).collect(),
+            nodes,
             cni_plugin,
             cluster_dns: spec.dns_addresses(),
             // The world outside of the cluster is the fabric, so the nodes' upstream resolver is there.
@@ -109,12 +96,15 @@ impl Dispatcher {
         )?;
         // What vanished while nobody watched is not in the initial events.
         let mut unseen: Option<Vec<String>> = Some(self.pods.keys().cloned().collect());
+        let mut arrivals = self.runner.nodes.arrivals();
         loop {
             let events = tokio::select! {
                 events = watcher.next() => match events {
                     Some(events) => events?,
                     None => return Ok(()),
                 },
+                // Pods may have been bound to a node before it was wired: all of them are looked at once more.
+                Ok(()) = arrivals.changed() => return Ok(()),
                 Some(done) = self.tasks.join_next() => {
                     self.forget(done);
                     continue;
@@ -145,7 +135,7 @@ impl Dispatcher {
             known.send_replace(Some(pod));
             return;
         }
-        let Some(node) = self.runner.nodes.get(get_str(&pod, &["spec", "nodeName"])) else { return };
+        let Some(node) = self.runner.nodes.node(get_str(&pod, &["spec", "nodeName"])) else { return };
         // A pod that has ended is never started again.
         if matches!(get_str(&pod, &["status", "phase"]), "Succeeded" | "Failed")
             && pod["metadata"]["deletionTimestamp"].is_null()
@@ -159,7 +149,7 @@ impl Dispatcher {
         let turn = self.names.entry(name).or_default().clone();
         let (sender, receiver) = watch::channel(Some(pod));
         self.pods.insert(uid.clone(), sender);
-        let (runner, node) = (self.runner.clone(), node.clone());
+        let runner = self.runner.clone();
         self.tasks.spawn(async move {
             let _turn = turn.lock_owned().await;
             pod::run(runner, node, receiver).await;

@@ -249,7 +249,7 @@ impl Task {
             let text = format!("Failed to remove pod sandbox: {error}");
             self.event(pod, EventType::Warning, "FailedKillPod", text);
             tracing::warn!(pod = %self.key, %error, "sandbox removal");
-            tokio::time::sleep(wait).await;
+            let _ = tokio::time::timeout(wait, self.node.gone()).await;
         }
         if let Err(error) = std::fs::remove_dir_all(&self.dir)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -308,7 +308,7 @@ impl Task {
         Place {
             cgroup: self.cgroup(),
             netns: self.sandbox.netns.clone(),
-            node_netns: self.node.netns.clone(),
+            on: self.node.clone(),
             hostname: etc::hostname(pod, &self.node.plan.name),
             dir: self.dir.clone(),
             namespace: self.key.namespace.clone(),
@@ -329,13 +329,9 @@ impl Task {
         for warning in warnings {
             self.event(pod, EventType::Warning, "DNSConfigForming", warning);
         }
-        let entries: Vec<(IpAddr, String)> = self
-            .runner
-            .nodes
-            .values()
-            .flat_map(|n| n.plan.addresses.iter().map(|a| (*a, n.plan.name.clone())))
-            .filter(|(_, name)| *name == self.node.plan.name)
-            .collect();
+        let plan = &self.node.plan;
+        let entries: Vec<(IpAddr, String)> =
+            plan.addresses.iter().map(|address| (*address, plan.name.clone())).collect();
         let hosts = etc::hosts(pod, &self.view.addresses, &self.node.plan.name, &entries);
         // Programs of a pod need not run as root.
         crate::state::write_with_mode(&self.dir.join("resolv.conf"), resolver.render().as_bytes(), 0o644)?;

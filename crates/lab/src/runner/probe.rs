@@ -366,7 +366,7 @@ fn authority(place: &Place, host: Option<&str>, port: u16) -> Result<String, Str
 /// to happen there.
 async fn connect(place: &Place, host: Option<&str>, port: u16) -> Result<TcpStream, String> {
     let address = address(place, host, port)?;
-    let node = place.node_netns.clone();
+    let node = place.on.netns.clone();
     let socket =
         tokio::task::spawn_blocking(move || socket(&node, address)).await.map_err(|e| e.to_string())??;
     TcpSocket::from_std_stream(socket.into())

@@ -12,7 +12,7 @@ use podway_link::{NETNS_DIR, Netns};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
-use super::{NodeContext, Runner};
+use super::{NodeContext, Power, Runner};
 use crate::topology::prefer_cubic;
 
 /// A plugin that has not answered by then is killed. The kubelet's own limit for a sandbox is 4 minutes.
@@ -91,7 +91,10 @@ impl Sandbox {
     /// Detaches and removes the namespace. May be called again, and when nothing was made.
     pub(super) async fn remove(&self, runner: &Runner, node: &NodeContext) -> Result<(), SandboxError> {
         let Some(name) = self.own.clone() else { return Ok(()) };
-        self.plugin(runner, node, "DEL").await?;
+        // There is no agent to ask on a node that is being removed, and nothing of it stays anyway.
+        if node.power() != Power::Gone {
+            self.plugin(runner, node, "DEL").await?;
+        }
         blocking(move || Netns::delete_named(&name)).await
     }
 

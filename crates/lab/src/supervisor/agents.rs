@@ -16,9 +16,9 @@ use serde_json::json;
 use tokio::process::Child;
 
 use crate::events;
-use crate::runner::NodeContext;
 use crate::runner::container::enter;
 use crate::runner::status::set_condition;
+use crate::runner::{NodeContext, Power};
 use crate::spec::{AGENT_HEALTH_PORT, LabSpec};
 
 /// First wait before an agent is started again; doubles up to the longest.
@@ -31,6 +31,8 @@ const LOOK_STARTING: Duration = Duration::from_millis(100);
 const LOOK_READY: Duration = Duration::from_secs(1);
 /// How long an agent may take to say how it is.
 const HEALTH_TIMEOUT: Duration = Duration::from_millis(800);
+/// Reason of a condition.
+const NOT_READY: &str = "AgentNotReady";
 /// An answer longer than this is cut.
 const HEALTH_LIMIT: u64 = 4096;
 
@@ -38,15 +40,26 @@ const HEALTH_LIMIT: u64 = 4096;
 pub(super) async fn keep(spec: LabSpec, node: Arc<NodeContext>, store: Arc<Store>) {
     let mut backoff = BACKOFF;
     loop {
+        if node.power() != Power::On {
+            publish(&store, &node, Err(("NodeStopped", &stopped(&node))));
+            node.on().await;
+            if node.power() == Power::Gone {
+                return;
+            }
+            backoff = BACKOFF;
+        }
         let begun = Instant::now();
         let cause = match start(&spec, &node) {
             Ok(mut child) => watch(&mut child, &node, &store).await,
             Err(e) => format!("{e:#}"),
         };
+        if node.power() != Power::On {
+            continue;
+        }
         let log = spec.name.node_dir(&node.plan.name).join("agent.log");
         let message = format!("the agent ended: {cause}; its log is {}", log.display());
         tracing::warn!(node = node.plan.name, message);
-        publish(&store, &node, Err(&message));
+        publish(&store, &node, Err((NOT_READY, &message)));
         if let Ok(object) = store.get(&key(&node)) {
             events::record(&store, &object, "podway-lab", EventType::Warning, "AgentEnded", message);
         }
@@ -93,13 +106,21 @@ async fn watch(child: &mut Child, node: &Arc<NodeContext>, store: &Store) -> Str
                 Ok(status) => status.to_string(),
                 Err(e) => format!("wait: {e}"),
             },
+            () = node.off() => {
+                // The whole node is being killed; this only makes sure.
+                let _ = child.start_kill();
+                let _ = child.wait().await;
+                return "the node was stopped".into();
+            }
             () = tokio::time::sleep(pause) => {}
         }
         let place = node.clone();
         let health =
             tokio::task::spawn_blocking(move || health(&place)).await.unwrap_or_else(|e| Err(e.to_string()));
         ready = health.is_ok();
-        publish(store, node, health.as_ref().map(drop).map_err(String::as_str));
+        if node.power() == Power::On {
+            publish(store, node, health.as_ref().map(drop).map_err(|cause| (NOT_READY, cause.as_str())));
+        }
     }
 }
 
@@ -136,11 +157,16 @@ fn key(node: &NodeContext) -> ResourceKey {
     ResourceKey::new("", "nodes", "", &*node.plan.name)
 }
 
-fn publish(store: &Store, node: &NodeContext, health: Result<(), &str>) {
+fn stopped(node: &NodeContext) -> String {
+    format!("the node is stopped; podway lab node start {} starts it", node.plan.name)
+}
+
+/// Writes the node's `Ready` condition: that it is, or reason and message.
+fn publish(store: &Store, node: &NodeContext, health: Result<(), (&str, &str)>) {
     let now = Timestamp::now();
     let (holds, reason, message) = match health {
         Ok(()) => (true, "AgentReady", "the agent is ready"),
-        Err(cause) => (false, "AgentNotReady", cause),
+        Err((reason, cause)) => (false, reason, cause),
     };
     let current = store.get(&key(node)).ok();
     let known = current

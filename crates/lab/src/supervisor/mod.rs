@@ -5,6 +5,7 @@
 
 mod agents;
 mod controllers;
+mod nodes;
 mod seed;
 
 use std::io::Write as _;
@@ -14,13 +15,15 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use podway_apiserver::{BearerToken, KindInfo, Store, StoreConfig};
-use podway_link::{NETNS_DIR, Netns};
+use podway_link::Netns;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cgroup::Cgroup;
-use crate::runner::{NodeContext, Runner};
+use crate::runner::{NodeTable, Runner};
 use crate::spec::{API_PORT, LabName, LabSpec, MAX_NODES};
-use crate::state::{StateDir, SupervisorFile, kubeconfig, write_file};
+use crate::state::{StateDir, SupervisorFile, kubeconfig};
+use nodes::Nodes;
+pub(crate) use seed::node as node_object;
 
 /// Said on standard output once the lab can be used.
 pub const READY: &str = "ready\n";
@@ -87,31 +90,29 @@ async fn supervise(spec: LabSpec, token: String, state: &StateDir, cgroup: &Cgro
     let local = format!("127.0.0.1:{api_port}");
     state.write("kubeconfig", kubeconfig(&spec.name, &local, &token, true).as_bytes())?;
 
-    let mut nodes = Vec::new();
     let api = spec.fabric_addresses().first().copied().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let inside = kubeconfig(&spec.name, &SocketAddr::new(api, API_PORT).to_string(), &token, false);
-    for plan in spec.node_plans() {
-        let node_cgroup = cgroup.child(&plan.name);
-        for part in ["agent", "cni", "exec"] {
-            node_cgroup.child(part).create()?;
-        }
-        write_file(&spec.name.node_dir(&plan.name).join("kubeconfig"), inside.as_bytes())?;
-        nodes.push(Arc::new(NodeContext {
-            netns: Path::new(NETNS_DIR).join(spec.name.node_netns(&plan.name)),
-            agent_socket: spec.name.agents_dir().join(&plan.name).join("agent.sock"),
-            cgroup: node_cgroup,
-            plan,
-        }));
-    }
+    let nodes = Arc::new(Nodes {
+        spec: spec.clone(),
+        store: store.clone(),
+        cgroup: cgroup.clone(),
+        table: Arc::new(NodeTable::new()),
+        kubeconfig: inside,
+    });
+    let prepared =
+        spec.node_plans().into_iter().map(|plan| nodes.prepare(plan)).collect::<Result<Vec<_>, _>>()?;
     let plugin = state.path().join("bin").join(CNI_PLUGIN);
     link_self(&plugin)?;
 
-    for node in &nodes {
-        tokio::spawn(agents::keep(spec.clone(), node.clone(), store.clone()));
+    let mut agents = Vec::new();
+    for node in prepared {
+        agents.push(nodes.start_agent(&node));
+        nodes.table.insert(node);
     }
     tokio::spawn(controllers::run(store.clone(), controllers::config(&spec)));
-    let runner = Arc::new(Runner::new(&spec, store.clone(), nodes, plugin));
+    let runner = Arc::new(Runner::new(&spec, store.clone(), nodes.table.clone(), plugin));
     tokio::spawn(runner.run());
+    tokio::spawn(nodes.keep(agents));
 
     state.write_supervisor(&SupervisorFile::of_self(api_port)?)?;
     tracing::info!(lab = %spec.name, nodes = spec.nodes, api = local, "lab is up");

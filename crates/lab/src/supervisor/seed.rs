@@ -4,6 +4,7 @@ use podway_apiserver::{ApiError, Store, WriteOptions};
 use podway_workloads::rfc3339;
 use serde_json::{Value, json};
 
+use crate::nodes::NETNS_ANNOTATION;
 use crate::spec::{API_PORT, LabSpec, NodePlan};
 
 /// Port of the `kubernetes` Service, as in every cluster. It speaks plain HTTP here.
@@ -66,7 +67,8 @@ pub(super) fn seed(store: &Store, spec: &LabSpec) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn node(spec: &LabSpec, plan: &NodePlan) -> Value {
+/// The Node object of a node that is about to be.
+pub(crate) fn node(spec: &LabSpec, plan: &NodePlan) -> Value {
     let mut addresses: Vec<Value> =
         plan.addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
     addresses.push(json!({"type": "Hostname", "address": plan.name}));
@@ -87,7 +89,7 @@ fn node(spec: &LabSpec, plan: &NodePlan) -> Value {
                 "kubernetes.io/hostname": plan.name, "kubernetes.io/os": "linux", "kubernetes.io/arch": machine,
                 "topology.kubernetes.io/zone": plan.zone, "topology.kubernetes.io/region": plan.region,
             },
-            "annotations": {"lab.podway.dev/netns": spec.name.node_netns(&plan.name)},
+            "annotations": {NETNS_ANNOTATION: spec.name.node_netns(&plan.name)},
         },
         "spec": {"podCIDR": plan.pod_cidrs.first(), "podCIDRs": plan.pod_cidrs},
         "status": {
