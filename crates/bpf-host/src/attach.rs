@@ -9,11 +9,13 @@ use std::{
     fs,
     io::ErrorKind,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use aya::{
     programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
@@ -36,6 +38,10 @@ pub enum AttachMethod {
 /// Priority and handle of our clsact filter: fixed, so that a restart replaces its predecessor's.
 const FILTER_PRIORITY: u16 = 1;
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x5057);
+
+/// How often and how long to wait for a link that is going: a second in all, where some milliseconds are usual.
+const LINGER_ATTEMPTS: u32 = 100;
+const LINGER_WAIT: Duration = Duration::from_millis(10);
 
 impl AttachMethod {
     /// The best one that the running kernel has.
@@ -170,10 +176,21 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
     }
     remove_pin(pin)?;
     // First in the chain: no other program may see or divert a pod's packet before it was judged.
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = program
-        .attach_with_options(interface, direction(hook), options)
-        .map_err(|e| failed("attach", hook, interface, e))?;
+    let mut attempts = 0;
+    let id = loop {
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        match program.attach_with_options(interface, direction(hook), options) {
+            Ok(id) => break id,
+            // A link whose pin was just removed still holds the same program there, until a grace period is over.
+            Err(ProgramError::SyscallError(e))
+                if e.io_error.kind() == ErrorKind::AlreadyExists && attempts < LINGER_ATTEMPTS =>
+            {
+                attempts += 1;
+                thread::sleep(LINGER_WAIT);
+            }
+            Err(e) => return Err(failed("attach", hook, interface, e)),
+        }
+    };
     let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
     let link = FdLink::try_from(link).map_err(|e| failed("attach", hook, interface, e))?;
     link.pin(pin).map_err(|e| failed("attach", hook, interface, e))?;
