@@ -21,7 +21,7 @@ use podway_kube::watch::Change;
 use podway_link::snmp;
 use podway_model::{Node, NodeChange, Nodes, Rejection};
 use serde_json::Value;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::attach::{Attacher, Readiness, lock};
 use crate::config::{AgentConfig, NetworkMode};
@@ -33,6 +33,7 @@ use crate::mtu_proof::{MtuProof, Wanted};
 use crate::network::{Local, Network};
 use crate::nodes::{self, OwnNode, View};
 use crate::remembered;
+use crate::repair::Repair;
 use crate::status::Status;
 
 /// Messages that may wait for the loop.
@@ -41,6 +42,14 @@ pub const QUEUE: usize = 256;
 const TURN: Duration = Duration::from_secs(10);
 /// Changes that come within this time are taken together.
 const GATHER: Duration = Duration::from_millis(50);
+/// How often the node's side of the pods and the pins are looked at, when nothing happens.
+const WATCH: Duration = Duration::from_secs(3);
+/// And how often at most: attaching and detaching pods changes links and routes all the time.
+const WATCH_BUSY: Duration = Duration::from_secs(1);
+/// How often the more costly half of it is looked at.
+const WATCH_THOROUGH: Duration = Duration::from_secs(10);
+/// Repairs of one look that are told one by one.
+const TOLD_REPAIRS: usize = 8;
 /// How often attachments are compared with the kernel.
 const AUDIT_PODS: Duration = Duration::from_secs(30);
 /// How often the masquerade rules are compared with the kernel.
@@ -57,6 +66,8 @@ pub enum Message {
     Kernel,
     /// The link of a pod went away.
     PodLinkGone,
+    /// The node's side of a pod changed: by ourselves as a rule.
+    PodNetwork,
     /// Where the API server is.
     ApiServer(Vec<IpAddr>),
     /// The agent ends.
@@ -79,6 +90,8 @@ pub struct Parts {
     pub proof: MtuProof,
     /// Links whose changes matter.
     pub interest: Arc<Mutex<Interest>>,
+    /// Ends the agent, with the reason: for damage that only a new start puts right.
+    pub end: tokio::sync::mpsc::Sender<String>,
 }
 
 /// The loop's state.
@@ -107,6 +120,10 @@ pub struct Control {
     failed_routes: BTreeMap<ipnet::IpNet, String>,
     audited_pods: Instant,
     audited_rules: Instant,
+    turned: Instant,
+    watched: Option<Instant>,
+    watched_thoroughly: Option<Instant>,
+    ending: bool,
 }
 
 struct MtuWarning {
@@ -148,6 +165,10 @@ impl Control {
             failed_routes: BTreeMap::new(),
             audited_pods: Instant::now(),
             audited_rules: Instant::now(),
+            turned: Instant::now(),
+            watched: None,
+            watched_thoroughly: None,
+            ending: false,
             config,
         })
     }
@@ -155,27 +176,111 @@ impl Control {
     /// Turns until it is told to stop, or nobody can tell it anything any more.
     pub fn run(mut self, messages: &Receiver<Message>) {
         self.turn();
+        self.watch_over(WATCH_BUSY);
+        // What happened since the last look at the node's side of the pods.
+        let mut pods_changed = false;
         loop {
-            let mut next = messages.recv_timeout(TURN);
+            let pause = if pods_changed { WATCH_BUSY } else { WATCH };
+            let mut next = messages.recv_timeout(pause.min(TURN.saturating_sub(self.turned.elapsed())));
             let gathered = Instant::now() + GATHER;
+            let mut changed = false;
             loop {
                 match next {
                     Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => {
                         self.parts.proof.stop();
                         return;
                     }
-                    Ok(Message::Nodes(change)) => self.take(change),
-                    Ok(Message::Kernel) => self.reserved = None,
+                    Ok(Message::PodNetwork) => pods_changed = true,
+                    Ok(Message::PodLinkGone) => self.audit_pods(),
+                    Ok(Message::Nodes(change)) => {
+                        self.take(change);
+                        changed = true;
+                    }
+                    Ok(Message::Kernel) => {
+                        self.reserved = None;
+                        changed = true;
+                    }
                     Ok(Message::ApiServer(addresses)) => {
                         self.api_addresses = addresses;
                         self.reserved = None;
+                        changed = true;
                     }
-                    Ok(Message::PodLinkGone) => self.audit_pods(),
                     Err(RecvTimeoutError::Timeout) => break,
                 }
                 next = messages.recv_timeout(gathered.saturating_duration_since(Instant::now()));
             }
-            self.turn();
+            if changed || self.turned.elapsed() >= TURN {
+                self.turn();
+            }
+            if self.watch_over(if pods_changed { WATCH_BUSY } else { WATCH }) {
+                pods_changed = false;
+            }
+        }
+    }
+
+    /// Looks whether somebody else changed what is Podway's on this node, and puts it right, unless that was
+    /// done less than `pause` ago.
+    fn watch_over(&mut self, pause: Duration) -> bool {
+        if self.watched.is_some_and(|at| at.elapsed() < pause) {
+            return false;
+        }
+        self.watched = Some(Instant::now());
+        self.watch_pins();
+        // Without knowing the node's own addresses, the routes to its pods are not known either.
+        if self.local.is_none() {
+            return true;
+        }
+        let thorough = self.watched_thoroughly.is_none_or(|at| at.elapsed() >= WATCH_THOROUGH);
+        if thorough {
+            self.watched_thoroughly = Some(Instant::now());
+        }
+        let begun = Instant::now();
+        match self.parts.attacher.repair(thorough) {
+            Ok(repairs) => {
+                debug!(thorough, took = ?begun.elapsed(), pods = self.parts.attacher.len(), "looked at the pods' links");
+                self.repaired(&repairs);
+            }
+            Err(error) => warn!(%error, "cannot compare the pods' links and routes with what they should be"),
+        }
+        true
+    }
+
+    /// Programs and maps whose pins are gone cannot be had back: what this process writes reaches no program. A
+    /// new start makes everything anew.
+    fn watch_pins(&mut self) {
+        let Some(programmed) = self.programmed.as_ref().filter(|_| !self.ending) else { return };
+        let tunnel = match programmed.mode {
+            Mode::Overlay { tunnel_ifindex, .. } => Some(tunnel_ifindex),
+            Mode::Direct => None,
+        };
+        match self.parts.datapath.intact(programmed.uplink_ifindex, tunnel) {
+            Ok(true) => {}
+            Ok(false) => {
+                let pins = self.config.instance.pin_dir();
+                let why = format!(
+                    "somebody removed pinned programs or maps from {}: the programs in force are not the ones that \
+                     this agent writes for",
+                    pins.display()
+                );
+                error!(pins = %pins.display(), "{why}; the agent ends, a new start makes everything anew");
+                self.parts.status.set("datapath", false, why.clone());
+                self.parts.metrics.repaired("pins");
+                // Taken at the latest when the agent ends for another reason.
+                self.ending = self.parts.end.try_send(why).is_ok();
+            }
+            Err(error) => warn!(%error, "cannot look at the pinned programs and maps"),
+        }
+    }
+
+    fn repaired(&self, repairs: &[Repair]) {
+        for repair in repairs {
+            self.parts.metrics.repaired(repair.what);
+        }
+        for repair in repairs.iter().take(TOLD_REPAIRS) {
+            warn!(what = repair.what, "put right what somebody else changed: {}", repair.detail);
+        }
+        if let Some(more) = repairs.len().checked_sub(TOLD_REPAIRS).filter(|more| *more > 0) {
+            warn!(more, "put right what somebody else changed");
         }
     }
 
@@ -263,6 +368,7 @@ impl Control {
 
     /// Brings everything to what should be there.
     fn turn(&mut self) {
+        self.turned = Instant::now();
         self.parts.status.update(|s| s.turned = Instant::now());
         self.reserve();
         let view = self.view();
@@ -274,6 +380,8 @@ impl Control {
         if let (Some(view), Some(local)) = (&view, self.local.clone()) {
             self.cluster_part(view, &local);
         }
+        let repairs = self.network.take_repairs();
+        self.repaired(&repairs);
         self.show(view.as_ref());
         if self.audited_pods.elapsed() >= AUDIT_PODS {
             self.audit_pods();
@@ -396,6 +504,12 @@ impl Control {
         {
             info!(uplink = local.uplink.name, "the underlay has another device");
             datapath.detach_uplink(before.uplink_ifindex)?;
+        }
+        // The pins of a device outlive it.
+        if let Some(NodeConfig { mode: Mode::Overlay { tunnel_ifindex, .. }, .. }) = self.programmed
+            && Some(tunnel_ifindex) != local.tunnel
+        {
+            datapath.detach_tunnel(tunnel_ifindex)?;
         }
         self.programmed = Some(wanted);
         Ok(())
@@ -623,6 +737,7 @@ impl Control {
             Ok(false) => {}
             Ok(true) => {
                 self.parts.metrics.masquerade_repaired();
+                self.parts.metrics.repaired("masquerade");
                 warn!("somebody else changed the table inet podway; it is as it was");
             }
             Err(error) => warn!(%error, "cannot look at the masquerade rules"),

@@ -39,6 +39,7 @@ pub mod mtu_proof;
 pub mod network;
 pub mod nodes;
 pub mod remembered;
+pub mod repair;
 pub mod run_dir;
 pub mod status;
 

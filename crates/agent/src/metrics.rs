@@ -33,6 +33,7 @@ pub struct Metrics {
     cni_seconds: Family<Labels, Histogram>,
     objects_rejected: Counter,
     masquerade_repairs: Counter,
+    repairs: Family<Labels, Counter>,
     conntrack_removed: Counter,
 }
 
@@ -58,6 +59,7 @@ impl Metrics {
             cni_seconds: Family::new_with_constructor(|| Histogram::new(CNI_BUCKETS)),
             objects_rejected: Counter::default(),
             masquerade_repairs: Counter::default(),
+            repairs: Family::default(),
             conntrack_removed: Counter::default(),
         }
     }
@@ -86,6 +88,11 @@ impl Metrics {
             self.masquerade_repairs.clone(),
         );
         registry.register(
+            "repairs",
+            "Times that somebody else had changed what is Podway's, and it was put right",
+            self.repairs.clone(),
+        );
+        registry.register(
             "conntrack_removed",
             "Flows removed because they were over",
             self.conntrack_removed.clone(),
@@ -109,6 +116,11 @@ impl Metrics {
     /// The masquerade rules had to be put right.
     pub fn masquerade_repaired(&self) {
         self.masquerade_repairs.inc();
+    }
+
+    /// Something that somebody else had changed was put right.
+    pub fn repaired(&self, what: &'static str) {
+        self.repairs.get_or_create(&vec![("what", what.to_owned())]).inc();
     }
 
     /// A sweep removed flows.

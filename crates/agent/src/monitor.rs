@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
@@ -14,7 +15,7 @@ use podway_link::monitor::{Change, Monitor};
 use tracing::{debug, warn};
 
 use crate::attach::lock;
-use crate::config::TUNNEL_DEVICE;
+use crate::config::{GATEWAY_V4, GATEWAY_V6, TUNNEL_DEVICE};
 use crate::control::Message;
 
 /// Longest time until the end is noticed.
@@ -34,12 +35,22 @@ impl Interest {
         match change {
             Change::Overrun => Some(Message::Kernel),
             Change::Link { name, removed: true, .. } if name.starts_with("pw") => Some(Message::PodLinkGone),
-            Change::Link { index, name, .. } => {
-                (self.0.contains(index) || name == TUNNEL_DEVICE).then_some(Message::Kernel)
+            Change::Link { index, name, .. } if self.0.contains(index) || name == TUNNEL_DEVICE => {
+                Some(Message::Kernel)
+            }
+            Change::Link { name, .. } => name.starts_with("pw").then_some(Message::PodNetwork),
+            Change::Address { addr, removed: true, .. } if *addr == IpAddr::V6(GATEWAY_V6) => {
+                Some(Message::PodNetwork)
+            }
+            // On the loopback, which is none of ours.
+            Change::Address { addr, removed: true, .. } if *addr == IpAddr::V4(GATEWAY_V4) => {
+                Some(Message::Kernel)
             }
             Change::Address { index, .. } => self.0.contains(index).then_some(Message::Kernel),
             Change::Route { dev, protocol, removed: true, .. } => {
-                (*protocol == ROUTE_PROTOCOL && self.0.contains(dev)).then_some(Message::Kernel)
+                let ours = *protocol == ROUTE_PROTOCOL;
+                let message = if self.0.contains(dev) { Message::Kernel } else { Message::PodNetwork };
+                ours.then_some(message)
             }
             _ => None,
         }
@@ -84,18 +95,21 @@ fn watch(
                 }
             }
         };
-        let (mut kernel, mut pod_gone) = (false, false);
+        let (mut kernel, mut pod_gone, mut pods) = (false, false, false);
         {
             let interest = lock(interest);
             for message in changes.iter().filter_map(|c| interest.message(c)) {
                 kernel |= matches!(message, Message::Kernel);
                 pod_gone |= matches!(message, Message::PodLinkGone);
+                pods |= matches!(message, Message::PodNetwork);
             }
         }
-        for message in [kernel.then_some(Message::Kernel), pod_gone.then_some(Message::PodLinkGone)]
-            .into_iter()
-            .flatten()
-        {
+        let messages = [
+            kernel.then_some(Message::Kernel),
+            pod_gone.then_some(Message::PodLinkGone),
+            pods.then_some(Message::PodNetwork),
+        ];
+        for message in messages.into_iter().flatten() {
             match wake.try_send(message) {
                 Ok(()) => {}
                 // Whatever fills the queue wakes the loop, which looks at everything.
@@ -116,6 +130,7 @@ mod tests {
         interest.set([2, 7].into_iter());
         let link = |index, name: &str, removed| Change::Link { index, name: name.into(), mtu: 1500, removed };
         let address = |index| Change::Address { index, addr: "10.0.0.1".parse().unwrap(), removed: false };
+        let lost = |index, addr: &str| Change::Address { index, addr: addr.parse().unwrap(), removed: true };
         let route = |dev, protocol, removed| Change::Route {
             dst: "10.244.2.0/24".parse().unwrap(),
             dev,
@@ -125,7 +140,7 @@ mod tests {
         let cases = [
             (link(2, "eth0", false), "Kernel"),
             (link(9, "podway_vxlan", true), "Kernel"),
-            (link(30, "pw0011", false), ""),
+            (link(30, "pw0011", false), "PodNetwork"),
             (link(30, "pw0011", true), "PodLinkGone"),
             (link(31, "docker0", true), ""),
             (address(7), "Kernel"),
@@ -133,7 +148,11 @@ mod tests {
             (route(7, 80, true), "Kernel"),
             (route(7, 80, false), ""),
             (route(7, 4, true), ""),
-            (route(30, 80, true), ""),
+            (route(30, 80, true), "PodNetwork"),
+            (route(30, 80, false), ""),
+            (lost(30, "fe80::1"), "PodNetwork"),
+            (lost(1, "169.254.1.1"), "Kernel"),
+            (lost(30, "fe80::2"), ""),
             (Change::Overrun, "Kernel"),
         ];
         for (change, want) in cases {

@@ -5,7 +5,7 @@
 //! may be called at any time and again after any interruption. What is ours is told from what is not by name
 //! and alias (the tunnel device), by route protocol (routes) and by alias (pod links).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -18,6 +18,7 @@ use crate::config::{GATEWAY_V4, GATEWAY_V6, NetworkMode, TUNNEL_DEVICE};
 use crate::ids::AttachmentId;
 use crate::mtu::{self, PodMtu};
 use crate::nodes::{OwnNode, View, WantedRoute};
+use crate::repair::Repair;
 
 /// The loopback is the first link of every namespace.
 const LOOPBACK: u32 = 1;
@@ -118,6 +119,18 @@ pub struct Network {
     netlink: Netlink,
     mode: NetworkMode,
     explicit_mtu: Option<u32>,
+    placed: Placed,
+    repairs: Vec<Repair>,
+}
+
+/// What was right when this was last looked at: when it is not any more, somebody else changed it.
+#[derive(Debug, Default)]
+struct Placed {
+    forwarding: bool,
+    gateway: bool,
+    tunnel: bool,
+    routes: Vec<Route>,
+    unreachable: BTreeSet<IpNet>,
 }
 
 impl Network {
@@ -126,7 +139,8 @@ impl Network {
     /// # Errors
     /// The kernel gives none.
     pub fn open(mode: NetworkMode, explicit_mtu: Option<u32>) -> Result<Self, NetworkError> {
-        Ok(Self { netlink: Netlink::open()?, mode, explicit_mtu })
+        let netlink = Netlink::open()?;
+        Ok(Self { netlink, mode, explicit_mtu, placed: Placed::default(), repairs: Vec::new() })
     }
 
     /// Makes everything that concerns this node alone: forwarding, gateway address, tunnel device, MTU.
@@ -148,11 +162,19 @@ impl Network {
             self.explicit_mtu,
         )
         .map_err(NetworkError::Mtu)?;
-        ensure_forwarding(&uplink.name)?;
+        for changed in ensure_forwarding(&uplink.name)? {
+            if self.placed.forwarding {
+                self.repairs.push(Repair::new("forwarding", format!("{changed} was switched off")));
+            }
+        }
+        self.placed.forwarding = true;
         if pods_v4 {
             let gateway = IpNet::from(IpAddr::V4(GATEWAY_V4));
             let flags = AddressFlags { link_scope: true, ..AddressFlags::default() };
-            self.netlink.add_address(LOOPBACK, gateway, flags)?;
+            if self.netlink.add_address(LOOPBACK, gateway, flags)? && self.placed.gateway {
+                self.repairs.push(Repair::new("gateway", format!("{GATEWAY_V4} was gone from the loopback")));
+            }
+            self.placed.gateway = true;
         }
         let tunnel = match self.mode {
             NetworkMode::Vxlan { port, .. } => Some(self.ensure_tunnel(port, mtu.mtu)?),
@@ -272,7 +294,13 @@ impl Network {
                     self.netlink.delete_link(stale.index)?;
                 }
                 let spec = VxlanSpec { name: TUNNEL_DEVICE.into(), port, mtu, mac: None, up: false };
+                if self.placed.tunnel {
+                    let found = format!("{TUNNEL_DEVICE} was deleted or replaced");
+                    self.repairs.push(Repair::new("tunnel", found));
+                }
                 let link = self.netlink.create_vxlan(&spec).map_err(wrap)?;
+                // Down until now, and that is no damage.
+                self.placed.tunnel = false;
                 self.netlink.set_addr_gen_none(link.index)?;
                 self.netlink.set_alias(link.index, &alias)?;
                 link
@@ -282,8 +310,12 @@ impl Network {
             self.netlink.set_mtu(link.index, mtu)?;
         }
         if !link.up {
+            if self.placed.tunnel {
+                self.repairs.push(Repair::new("tunnel", format!("{TUNNEL_DEVICE} was down")));
+            }
             self.netlink.set_up(link.index).map_err(wrap)?;
         }
+        self.placed.tunnel = true;
         // A packet of another node itself comes out of the tunnel with a source that is routed over the
         // underlay: strict reverse-path filtering (RFC 3704) would drop it. Loose, whatever `all` says.
         sysctl::write_if_present(&format!("net/ipv4/conf/{TUNNEL_DEVICE}/rp_filter"), "2")?;
@@ -314,6 +346,7 @@ impl Network {
             self.netlink.routes(filter)?.into_iter().filter(|r| !pod_links.contains(&r.dev)).collect();
         let mut report = RouteReport::default();
         let mut kept: Vec<IpNet> = Vec::new();
+        let mut placed: Vec<Route> = Vec::with_capacity(view.routes.len());
         for wanted in &view.routes {
             let route = Route {
                 dst: wanted.dst,
@@ -327,18 +360,26 @@ impl Network {
             };
             if present.iter().any(|p| same(p, &route)) {
                 kept.push(route.dst);
+                placed.push(route);
                 continue;
             }
             match self.add_route(wanted, &route) {
                 Ok(()) => {
                     report.written += 1;
                     kept.push(route.dst);
+                    if self.placed.routes.contains(&route) {
+                        self.repairs
+                            .push(Repair::new("route", format!("the route {} was missing", route.dst)));
+                    }
                 }
                 Err(why) => {
                     report.failed.insert(route.dst, why);
+                    continue;
                 }
             }
+            placed.push(route);
         }
+        self.placed.routes = placed;
         for stale in present {
             // A replaced route with another device or gateway is gone already; deleting by all of its fields
             // cannot hit the new one.
@@ -363,16 +404,28 @@ impl Network {
         let present = self.netlink.unreachable_routes(ROUTE_PROTOCOL)?;
         for cidr in cidrs.iter().filter(|c| !present.contains(c)) {
             match self.netlink.add_unreachable(*cidr, ROUTE_PROTOCOL) {
-                Ok(()) => report.written += 1,
+                Ok(()) => {
+                    report.written += 1;
+                    if self.placed.unreachable.contains(cidr) {
+                        let found = format!("the unreachable route {cidr} was missing");
+                        self.repairs.push(Repair::new("route", found));
+                    }
+                }
                 Err(why) => {
                     report.failed.insert(*cidr, why.to_string());
                 }
             }
         }
+        self.placed.unreachable = cidrs.iter().copied().collect();
         for stale in present.into_iter().filter(|p| !cidrs.contains(p)) {
             report.removed += usize::from(self.netlink.delete_unreachable(stale, ROUTE_PROTOCOL)?);
         }
         Ok(())
+    }
+
+    /// What was put right since this was asked last.
+    pub fn take_repairs(&mut self) -> Vec<Repair> {
+        std::mem::take(&mut self.repairs)
     }
 
     fn add_route(&mut self, wanted: &WantedRoute, route: &Route) -> Result<(), String> {
@@ -489,9 +542,15 @@ fn same(present: &Route, wanted: &Route) -> bool {
         && present.mtu == wanted.mtu
 }
 
-/// Makes the node a router. Only ever switches on: others on the machine may rely on it, too.
-fn ensure_forwarding(uplink: &str) -> Result<(), NetworkError> {
-    sysctl::write("net/ipv4/ip_forward", "1")?;
+/// Makes the node a router. Only ever switches on: others on the machine may rely on it, too. Returns the settings
+/// that were off.
+fn ensure_forwarding(uplink: &str) -> Result<Vec<&'static str>, NetworkError> {
+    let mut changed = Vec::new();
+    let forwarding = "net/ipv4/ip_forward";
+    if sysctl::read(forwarding)? != "1" {
+        sysctl::write(forwarding, "1")?;
+        changed.push(forwarding);
+    }
     let forwarding = "net/ipv6/conf/all/forwarding";
     match sysctl::read(forwarding) {
         Ok(value) if value == "1" => {}
@@ -503,10 +562,11 @@ fn ensure_forwarding(uplink: &str) -> Result<(), NetworkError> {
                 sysctl::write(&accept_ra, "2")?;
             }
             sysctl::write(forwarding, "1")?;
+            changed.push(forwarding);
         }
         // A kernel without IPv6.
         Err(e) if e.is_not_found() => {}
         Err(e) => return Err(e.into()),
     }
-    Ok(())
+    Ok(changed)
 }

@@ -66,6 +66,9 @@ pub enum AgentError {
     /// The node's network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Damage that only a new start puts right.
+    #[error("{0}; start the agent anew")]
+    Damaged(String),
     /// Threads, sockets, signals.
     #[error("{what}: {source}")]
     Io {
@@ -83,8 +86,8 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> AgentError {
 /// Runs an agent until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// It cannot start. Once it runs, nothing ends it but the signal: problems are told by log, events, metrics and
-/// `/readyz`, and tried again.
+/// It cannot start. Once it runs, only the signal ends it, and [`AgentError::Damaged`]: all other problems are told by
+/// log, events, metrics and `/readyz`, and tried again.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     config.validate()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -105,7 +108,8 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     }
 
     let metrics_address = config.metrics_address;
-    let running = Running::start(config, &runtime, &client)?;
+    let (end, mut ended) = tokio::sync::mpsc::channel(1);
+    let running = Running::start(config, &runtime, &client, end)?;
     let server = CniServer::start(&run_dir.join(run_dir::SOCKET), &running.attacher, &running.metrics)
         .map_err(failed("listening on the CNI socket"))?;
     if let Some(address) = metrics_address {
@@ -117,22 +121,24 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         runtime.spawn(http::serve(address, pages));
     }
 
-    runtime.block_on(end()).map_err(failed("waiting for signals"))?;
+    let damage = runtime.block_on(until_end(&mut ended)).map_err(failed("waiting for signals"))?;
     info!("agent ends; the pods go on");
     server.stop();
     running.stop();
     runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(())
+    damage.map_or(Ok(()), |why| Err(AgentError::Damaged(why)))
 }
 
-async fn end() -> io::Result<()> {
+/// A signal, or a reason to end with a failure.
+async fn until_end(ended: &mut tokio::sync::mpsc::Receiver<String>) -> io::Result<Option<String>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        Some(why) = ended.recv() => return Ok(Some(why)),
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Everything that runs but the servers.
@@ -150,6 +156,7 @@ impl Running {
         config: AgentConfig,
         runtime: &tokio::runtime::Runtime,
         client: &Client,
+        end: tokio::sync::mpsc::Sender<String>,
     ) -> Result<Self, AgentError> {
         let stopping = Arc::new(AtomicBool::new(false));
         let status = Arc::new(Status::new());
@@ -193,6 +200,7 @@ impl Running {
             reporter: Arc::clone(&reporter),
             proof,
             interest,
+            end,
         };
         let node_name = config.node_name.clone();
         let control = Control::new(config, parts)?;

@@ -12,6 +12,7 @@
 //! No step waits for the API server.
 
 pub mod reaper;
+mod repair;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -193,19 +194,19 @@ impl Attacher {
         }
     }
 
-    /// Sets the node's own addresses, and makes the routes to the pods what they should be: the kernel deletes
-    /// an IPv4 route along with the address that is its source, even when that comes back at once. Returns how
-    /// many were not right.
+    /// Sets the node's own addresses, and gives the routes to the pods the new ones for a source. Returns how many
+    /// were changed. Routes that are missing are left to [`Self::repair`], but when the addresses changed: the
+    /// kernel deletes an IPv4 route along with the address that is its source.
     ///
     /// # Errors
     /// The kernel does not tell which routes there are. A single one that cannot be made is logged.
     pub fn follow_node(&self, node: NodeAddresses) -> Result<usize, AttachError> {
-        *self.node.write().unwrap_or_else(PoisonError::into_inner) = node;
-        let attached: Vec<(AttachmentId, Attached)> = lock(&self.attached)
-            .iter()
-            .filter(|(_, a)| a.ifindex != 0)
-            .map(|(id, a)| (id.clone(), a.clone()))
-            .collect();
+        let before = std::mem::replace(&mut *self.node.write().unwrap_or_else(PoisonError::into_inner), node);
+        if before == node {
+            return Ok(0);
+        }
+        let starting = before == NodeAddresses::default();
+        let attached = self.alive();
         let mut netlink = self.socket()?;
         let filter = RouteFilter { protocol: Some(ROUTE_PROTOCOL), ..RouteFilter::default() };
         let present: HashMap<(u32, IpNet), Option<IpAddr>> =
@@ -215,7 +216,7 @@ impl Attacher {
             let wrong: Vec<Route> = addresses
                 .iter()
                 .map(|address| steps::host_route(ifindex, *address, node))
-                .filter(|r| present.get(&(ifindex, r.dst)) != Some(&r.src))
+                .filter(|r| present.get(&(ifindex, r.dst)).map_or(!starting, |src| *src != r.src))
                 .collect();
             if wrong.is_empty() {
                 continue;
@@ -235,6 +236,12 @@ impl Attacher {
         }
         self.give_back(netlink);
         Ok(written)
+    }
+
+    /// The attachments that have a link.
+    fn alive(&self) -> Vec<(AttachmentId, Attached)> {
+        let attached = lock(&self.attached);
+        attached.iter().filter(|(_, a)| a.ifindex != 0).map(|(id, a)| (id.clone(), a.clone())).collect()
     }
 
     fn node(&self) -> NodeAddresses {
@@ -315,7 +322,9 @@ impl Attacher {
     /// ADD.
     ///
     /// # Errors
-    /// Code 11 when it may work later; 5 when the kernel refused something. Nothing of the attachment is left.
+    /// Code 11 when it may work later; 5 when the kernel refused something; nothing of the attachment is left then.
+    /// Code 4 (CNI specification: the message names the variables at fault) when the container has this interface
+    /// in another namespace; that attachment goes on.
     pub fn add(&self, request: &AddRequest, netns: OwnedFd) -> Result<AddResult, CniError> {
         let id = AttachmentId::new(&request.container_id, &request.ifname);
         if let Readiness::NotReady(why) = self.readiness() {
@@ -327,8 +336,11 @@ impl Attacher {
             pod: pod_name(request.args.pod_namespace(), request.args.pod_name()),
             network: Some(request.network.clone()),
         };
-        // The runtime must not ADD twice; when it does, the first attachment is replaced.
+        let netns = Netns::from_fd(netns);
+        // The runtime must not ADD twice. When it does for the same namespace, the first attachment is replaced;
+        // for another one, a living pod would lose its network.
         if lock(&self.attached).contains_key(&id) {
+            self.refuse_second(&id, &netns)?;
             self.detach(&id)?;
         }
         let lease = lock(&self.leases).allocate(&id, &owner, now_ms());
@@ -339,7 +351,6 @@ impl Attacher {
         crash::point("add.leased");
         let changes = self.mtu_changes.load(Ordering::SeqCst);
         let mtu = self.mtu.load(Ordering::SeqCst);
-        let netns = Netns::from_fd(netns);
         let done = self.build(&id, &lease, mtu, &netns);
         let ifindex = match done {
             Ok(ifindex) => ifindex,
@@ -356,6 +367,28 @@ impl Attacher {
         }
         crash::point("add.done");
         Ok(result(&id, &lease.addresses, self.mtu.load(Ordering::SeqCst), &request.netns_path))
+    }
+
+    /// Refuses an ADD for a namespace other than the one in which the attachment lives.
+    fn refuse_second(&self, id: &AttachmentId, netns: &Netns) -> Result<(), CniError> {
+        let fail = |error: AttachError| cannot_attach(&error);
+        let mut netlink = self.socket().map_err(fail)?;
+        let link = steps::find_link(&mut netlink, id).map_err(fail)?;
+        let nsid = netlink.nsid(netns).map_err(|e| fail(e.into()))?;
+        self.give_back(netlink);
+        // A link whose other side is gone does not exist.
+        match link {
+            Some(link) if link.peer_netnsid.is_none() || link.peer_netnsid != nsid => Err(CniError::new(
+                code::INVALID_ENVIRONMENT,
+                format!(
+                    "CNI_CONTAINERID {} has interface CNI_IFNAME {} in a network namespace other than that of \
+                     CNI_NETNS",
+                    id.container_id, id.ifname
+                ),
+            )
+            .details("the first attachment is alive and goes on; DEL it first, or use another CNI_CONTAINERID")),
+            _ => Ok(()),
+        }
     }
 
     fn build(&self, id: &AttachmentId, lease: &Lease, mtu: u32, netns: &Netns) -> Result<u32, AttachError> {

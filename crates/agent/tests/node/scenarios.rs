@@ -46,6 +46,9 @@ pub(crate) const ALL: &[Scenario] = &[
     ),
     ("nodes_come_and_go", nodes_come_and_go),
     ("a_range_that_would_cut_nodes_off_is_refused", a_range_that_would_cut_nodes_off_is_refused),
+    ("what_somebody_else_changes_is_put_right", what_somebody_else_changes_is_put_right),
+    ("removed_pins_end_the_agent_and_a_start_repairs", removed_pins_end_the_agent_and_a_start_repairs),
+    ("a_second_add_elsewhere_is_refused", a_second_add_elsewhere_is_refused),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
 ];
 
@@ -763,6 +766,137 @@ fn a_range_that_would_cut_nodes_off_is_refused() {
     wait("the route to go", 5, || routes(n1) == ["fd00:10:244:2::/64"]);
     netlink.delete_address(eth0, "10.244.2.250/30".parse().unwrap()).unwrap();
     wait("the route to come back", 5, || routes(n1) == ["10.244.2.0/24", "fd00:10:244:2::/64"]);
+}
+
+fn what_somebody_else_changes_is_put_right() {
+    let mut world = World::ready();
+    let (a, c) = (world.pod("a"), world.pod("c"));
+    let (from, to) = (addresses(&world.nodes[0], &a), addresses(&world.nodes[1], &c));
+    let ns = Netns::open_named(&format!("{}-n1", crate::world::PREFIX)).unwrap();
+    let mut netlink = Netlink::open_in(&ns).unwrap();
+    let link = netlink.link_by_name(&world.nodes[0].pod_links()[0]).unwrap().unwrap();
+    let vxlan = |netlink: &mut Netlink| netlink.link_by_name("podway_vxlan").unwrap().map(|l| l.index);
+    let run = |command: &str| {
+        let words: Vec<String> = command.split(' ').map(str::to_owned).collect();
+        let status =
+            ns.run(move || std::process::Command::new(&words[0]).args(&words[1..]).status()).unwrap();
+        assert!(status.unwrap().success(), "{command}");
+    };
+    let name = link.name.as_str();
+    // What is done, the metric's label, how long it may take.
+    let damages = [
+        (format!("ip -4 route del {} dev {name}", from[0]), "pod_route", 5),
+        (format!("ip -6 route del {} dev {name}", from[1]), "pod_route", 5),
+        (format!("ip link set {name} down"), "pod_link", 5),
+        (format!("ip -6 addr del fe80::1/64 dev {name}"), "pod_gateway", 5),
+        (format!("ip neigh del {} dev {name}", from[0]), "pod_neighbour", 15),
+        (format!("ip link set {name} alias nobody"), "pod_alias", 5),
+        ("ip -4 route del 10.244.2.0/24".into(), "route", 15),
+        ("ip -4 route del unreachable 10.244.1.0/24".into(), "route", 15),
+        ("ip addr del 169.254.1.1/32 dev lo".into(), "gateway", 5),
+        ("sysctl -qw net.ipv4.ip_forward=0".into(), "forwarding", 15),
+        ("ip link set podway_vxlan down".into(), "tunnel", 5),
+        ("ip link del podway_vxlan".into(), "tunnel", 5),
+    ];
+    let pins = |node: &crate::world::TestNode| {
+        std::fs::read_dir(node.instance.pin_dir().join("links")).unwrap().count()
+    };
+    let before = pins(&world.nodes[0]);
+    for (damage, what, seconds) in &damages {
+        let node = &world.nodes[0];
+        let counted = || {
+            let begin = format!("podway_repairs_total{{what=\"{what}\"}} ");
+            let text = node.http("/metrics").1;
+            text.lines().find_map(|l| l.strip_prefix(&begin)?.parse::<f64>().ok()).unwrap_or(0.0)
+        };
+        let earlier = counted();
+        run(damage);
+        wait(&format!("the repair after {damage:?}"), *seconds, || counted() > earlier);
+        for family in 0..2 {
+            wait("both ways", 5, || exchange((&a.ns, from[family]), (&c.ns, to[family])).is_ok());
+            wait("the node's way", 5, || exchange((&ns, own(1)[family]), (&a.ns, from[family])).is_ok());
+        }
+        node.check(&a).unwrap_or_else(|e| panic!("{damage}: {e}"));
+    }
+    assert!(vxlan(&mut netlink).is_some());
+    assert_eq!(pins(&world.nodes[0]), before, "the pins of the deleted tunnel are gone");
+    // Programs: no packet passes without them.
+    run(&format!("tc qdisc del dev {name} clsact"));
+    wait("the programs", 20, || exchange((&a.ns, from[0]), (&c.ns, to[0])).is_ok());
+    // A start puts right what happened while no agent was there.
+    world.nodes[0].kill();
+    for (damage, ..) in &damages[..5] {
+        run(damage);
+        if damage.ends_with("down") {
+            // Takes everything else along.
+            break;
+        }
+    }
+    world.nodes[0].start(&[], &[]);
+    world.nodes[0].wait_ready();
+    for family in 0..2 {
+        wait("both ways", 5, || exchange((&a.ns, from[family]), (&c.ns, to[family])).is_ok());
+        wait("the node's way", 5, || exchange((&ns, own(1)[family]), (&a.ns, from[family])).is_ok());
+    }
+    // Nothing is repaired that is not broken.
+    let sum = || {
+        let text = world.nodes[0].http("/metrics").1;
+        let lines = text.lines().filter(|l| l.starts_with("podway_repairs_total{"));
+        lines.map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>()
+    };
+    let settled = sum();
+    let pods: Vec<Pod> = (0..8).map(|n| world.pod(&format!("r{n}"))).collect();
+    // While pods come and go, for some looks of the agent.
+    for _ in 0..20 {
+        for pod in &pods {
+            addresses(&world.nodes[0], pod);
+        }
+        std::thread::sleep(Duration::from_millis(150));
+        for pod in &pods {
+            world.nodes[0].del(&pod.name).unwrap();
+        }
+    }
+    assert_eq!(sum(), settled);
+}
+
+fn removed_pins_end_the_agent_and_a_start_repairs() {
+    let mut world = World::ready();
+    let (a, c) = (world.pod("a"), world.pod("c"));
+    let (from, to) = (addresses(&world.nodes[0], &a), addresses(&world.nodes[1], &c));
+    std::fs::remove_dir_all(world.nodes[0].instance.pin_dir()).unwrap();
+    wait("the agent to end", 10, || world.nodes[0].has_died());
+    world.nodes[0].start(&[], &[]);
+    world.nodes[0].wait_ready();
+    for family in 0..2 {
+        wait("both ways", 5, || exchange((&a.ns, from[family]), (&c.ns, to[family])).is_ok());
+        wait("the node's way", 5, || {
+            exchange((&world.nodes[0].ns, own(1)[family]), (&c.ns, to[family])).is_ok()
+        });
+    }
+    let b = world.pod("b");
+    addresses(&world.nodes[0], &b);
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(!world.nodes[0].has_died(), "and goes on");
+}
+
+fn a_second_add_elsewhere_is_refused() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let (a, b) = (world.pod("a"), world.pod("b"));
+    let first = addresses(node, &a);
+    let error = node.add_as("a", &b).unwrap_err();
+    assert_eq!(error.code, podway_cni::code::INVALID_ENVIRONMENT, "{error}");
+    assert!(error.msg.contains("CNI_CONTAINERID a has interface CNI_IFNAME eth0"), "{error}");
+    node.check(&a).unwrap();
+    exchange((&node.ns, own(1)[0]), (&a.ns, first[0])).unwrap();
+    // The same namespace again replaces; another one after the first is gone is a first one.
+    addresses(node, &a);
+    node.check(&a).unwrap();
+    drop(a);
+    wait("the link to go", 5, || node.pod_links().is_empty());
+    node.add_as("a", &b).unwrap();
+    node.del("a").unwrap();
+    node.assert_empty();
 }
 
 fn cleanup_leaves_nothing() {
