@@ -20,8 +20,8 @@ fn running_pods_do_not_notice_the_death_of_their_agents() {
     let endpoints = || lab.on_node("node-1", &["ip", "-d", "link"]);
     let before = endpoints();
     let ping = lab.start_in_pod("default/a", &["ping", "-c100", "-i0.05", "-W1", &b]);
-    let iperf = lab
-        .start_in_pod("default/a", &["iperf3", "-J", "-c", &b, "-t", "5", "-u", "-b", "2M", "-l", "1300"]);
+    let iperf =
+        lab.start_in_pod("default/a", &["iperf3", "-J", "-c", &b, "-t", "5", "-u", "-b", "2M", "-l", "1300"]);
     std::thread::sleep(Duration::from_millis(500));
     for node in ["node-1", "node-2"] {
         let pid = lab.agent_pid(node);
