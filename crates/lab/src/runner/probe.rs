@@ -5,6 +5,10 @@
 //! be asked at all (TLS, gRPC, a command of the image) passes once it has the port open, or runs. A container that
 //! runs a command of this machine is asked all of it but TLS and gRPC, where an open port has to do as well.
 //!
+//! Initial delays and success thresholds of startup and readiness probes are for programs that take time to start. A
+//! stand-in does not, so until its first success it is asked once a second from the start, and one success will do; a
+//! StatefulSet of three would take minutes otherwise.
+//!
 //! <https://kubernetes.io/docs/concepts/workloads/pods/probes/>
 
 use std::net::{IpAddr, SocketAddr};
@@ -29,6 +33,8 @@ const HEAD_LIMIT: usize = 4 << 10;
 const OUTPUT_LIMIT: usize = 200;
 /// Output of a command that is read, in bytes.
 const OUTPUT_READ: u64 = 4 << 10;
+/// How often a stand-in is asked before its first success.
+const EARLY_PERIOD: Duration = Duration::from_secs(1);
 /// Verdicts that may wait.
 const VERDICTS: usize = 16;
 
@@ -80,6 +86,8 @@ enum Ask {
 pub(super) struct Probe {
     kind: Kind,
     ask: Ask,
+    /// Whether the container is a stand-in, which has nothing to start up.
+    stand_in: bool,
     initial_delay: Duration,
     period: Duration,
     timeout: Duration,
@@ -202,6 +210,7 @@ impl Probe {
             kind,
             ask: ask(probe, ports, stand_in)
                 .unwrap_or_else(|cause| Ask::Broken(format!("{}.{cause}", kind.field()))),
+            stand_in,
             initial_delay: seconds("initialDelaySeconds", 0),
             period: seconds("periodSeconds", 10).max(Duration::from_secs(1)),
             timeout: seconds("timeoutSeconds", 1).max(Duration::from_secs(1)),
@@ -219,8 +228,15 @@ impl Probe {
         begun: Instant,
         verdicts: &mpsc::Sender<Verdict>,
     ) {
-        tokio::time::sleep_until(begun + self.initial_delay).await;
         let mut count = Count::default();
+        if self.stand_in && self.kind != Kind::Liveness && self.succeeds_early(place, env, begun).await {
+            if self.kind == Kind::Startup || verdicts.send(Verdict::Ready(true)).await.is_err() {
+                return;
+            }
+            count = Count { last: Some(true), run: self.success };
+        } else {
+            tokio::time::sleep_until(begun + self.initial_delay).await;
+        }
         let mut ticks = tokio::time::interval(self.period);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -248,6 +264,24 @@ impl Probe {
             if verdicts.send(verdict).await.is_err() {
                 return;
             }
+        }
+    }
+
+    /// Asks once a second until the initial delay is over; whether it was answered well.
+    async fn succeeds_early(
+        &self,
+        place: &Place,
+        env: &[(String, std::ffi::OsString)],
+        begun: Instant,
+    ) -> bool {
+        loop {
+            if matches!(tokio::time::timeout(self.timeout, self.try_once(place, env)).await, Ok(Ok(()))) {
+                return true;
+            }
+            if Instant::now() + EARLY_PERIOD > begun + self.initial_delay {
+                return false;
+            }
+            tokio::time::sleep(EARLY_PERIOD).await;
         }
     }
 
