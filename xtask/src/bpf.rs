@@ -78,6 +78,8 @@ impl Toolchain {
     fn nightly() -> Option<Self> {
         let output = Command::new("rustc")
             .args(["+nightly", "--print", "sysroot"])
+            // Only asked for: rustup must not install one for the question.
+            .env("RUSTUP_AUTO_INSTALL", "0")
             .env_remove("RUSTUP_TOOLCHAIN")
             .output()
             .ok()

@@ -1,6 +1,6 @@
 //! The embedded kernel object.
 
-use crate::{Error, Result};
+use crate::Result;
 
 #[cfg(kernel_object)]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podway-bpf.o"));
@@ -14,9 +14,5 @@ pub(crate) fn bytes() -> Result<&'static [u8]> {
     #[cfg(kernel_object)]
     return Ok(OBJECT);
     #[cfg(not(kernel_object))]
-    Err(Error::NoKernelObject)
+    Err(crate::Error::NoKernelObject)
 }
-
-/// Keeps the error variant in use in both kinds of build.
-#[cfg(kernel_object)]
-const _: fn() -> Error = || Error::NoKernelObject;

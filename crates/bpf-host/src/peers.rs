@@ -1,6 +1,9 @@
 //! Where the cluster's addresses are: the peer tables, written by difference.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv6Addr},
+};
 
 use aya::maps::{HashMap, LpmTrie, Map, MapData, lpm_trie::Key};
 use ipnet::IpNet;
@@ -35,6 +38,9 @@ pub struct SyncReport {
     pub removed: usize,
 }
 
+/// First address of `::ffff:0:0/96`, where IPv4 lives in the same tree.
+const V4_MAPPED: Ipv6Addr = Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0);
+
 /// The peer tables.
 pub(crate) struct Peers {
     hosts: HashMap<MapData, Addr, podway_abi::Peer>,
@@ -52,9 +58,7 @@ impl Datapath {
     /// table is full. What was written before the error stays and is known.
     pub fn sync_peers(&self, wanted: &BTreeMap<IpNet, Peer>) -> Result<SyncReport> {
         for prefix in wanted.keys() {
-            // IPv4 lives at ::ffff:0:0/96 of the same tree.
-            if matches!(prefix, IpNet::V6(v6) if v6.prefix_len() < 96 && v6.contains(&"::ffff:0:0".parse::<std::net::Ipv6Addr>().expect("a valid address")))
-            {
+            if matches!(prefix, IpNet::V6(v6) if v6.prefix_len() < 96 && v6.contains(&V4_MAPPED)) {
                 return Err(Error::BadPeer {
                     prefix: prefix.to_string(),
                     cause: "would match every IPv4 address as well; the cluster's ranges are longer",
