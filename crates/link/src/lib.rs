@@ -9,6 +9,7 @@
 //! - [`Netlink`]: one rtnetlink socket; links, addresses, routes, neighbours.
 //! - [`Netns`]: an open network namespace, named namespaces, running code inside one.
 //! - [`monitor`]: changes as they happen.
+//! - [`tap`]: links whose other end is a process.
 //! - [`sysctl`], [`snmp`]: the `/proc` side.
 //! - [`probe`]: proof of the path MTU between two nodes.
 
@@ -20,6 +21,7 @@ pub mod probe;
 pub mod snmp;
 mod socket;
 pub mod sysctl;
+pub mod tap;
 
 pub use error::{Error, Result};
 pub use netlink::{
