@@ -18,11 +18,11 @@ pub use conntrack::{CtEntry, CtKey, Direction, ct_flags};
 pub use reason::{Hook, REASON_SLOTS, Reason, counter_index};
 pub use tables::{
     Counter, Endpoint, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, Mac, NodeConfig, Peer, Source,
-    mode, node_flags, peer_flags,
+    endpoint_flags, mode, node_flags, peer_flags,
 };
 
 /// Version of every layout in this crate; part of the pin path of the maps.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Fails the build when `T` has padding: the sum of its fields must be its size.
 macro_rules! assert_layout {

@@ -47,6 +47,12 @@ pub struct NodeConfig {
 }
 assert_layout!(NodeConfig, 20);
 
+/// Bits of [`Endpoint::flags`].
+pub mod endpoint_flags {
+    /// What goes to the pod waits in the queue of the host side of its veth (a bandwidth limit): no short cut past it.
+    pub const QUEUED: u32 = 1 << 0;
+}
+
 /// A pod on this node, found by its address.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -59,8 +65,10 @@ pub struct Endpoint {
     pub pod_mac: Mac,
     /// Link-layer address of the host's side.
     pub host_mac: Mac,
+    /// See [`endpoint_flags`].
+    pub flags: u32,
 }
-assert_layout!(Endpoint, 20);
+assert_layout!(Endpoint, 24);
 
 /// What a pod may send as, found by the interface index of the host side of its veth.
 #[repr(C)]

@@ -138,6 +138,7 @@ mod tests {
             pod_mac: id(n).pod_mac(),
             host_mac: id(n).host_mac(),
             addresses: vec![addr(address)],
+            queued: false,
         }
     }
 

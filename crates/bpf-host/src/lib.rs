@@ -73,6 +73,8 @@ pub struct Endpoint {
     pub host_mac: Mac,
     /// Its addresses, at most one of each family.
     pub addresses: Vec<IpAddr>,
+    /// Whether what goes to it has to pass the queue on its link: the queue limits its bandwidth.
+    pub queued: bool,
 }
 
 /// The programs and maps of one node.
@@ -200,6 +202,7 @@ impl Datapath {
             id: endpoint.id,
             pod_mac: endpoint.pod_mac,
             host_mac: endpoint.host_mac,
+            flags: if endpoint.queued { podway_abi::endpoint_flags::QUEUED } else { 0 },
         };
         for ip in &endpoint.addresses {
             pods.endpoints.insert(Addr::from(*ip), value, 0).map_err(|e| Error::map("ENDPOINTS", e))?;
@@ -233,21 +236,23 @@ impl Datapath {
     /// When a map cannot be read.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>> {
         let pods = lock(&self.pods);
-        let mut host_macs = BTreeMap::new();
+        let mut host_sides = BTreeMap::new();
         for entry in pods.endpoints.iter() {
             let (_, endpoint) = entry.map_err(|e| Error::map("ENDPOINTS", e))?;
-            host_macs.insert(endpoint.ifindex, endpoint.host_mac);
+            host_sides.insert(endpoint.ifindex, (endpoint.host_mac, endpoint.flags));
         }
         let mut all = Vec::new();
         for entry in pods.sources.iter() {
             let (ifindex, source) = entry.map_err(|e| Error::map("SOURCES", e))?;
             let addresses = [source.v4, source.v6].into_iter().filter(|a| *a != Addr::UNSPECIFIED);
+            let (host_mac, flags) = host_sides.get(&ifindex).copied().unwrap_or_default();
             all.push(Endpoint {
                 id: source.id,
                 ifindex,
                 pod_mac: source.pod_mac,
-                host_mac: host_macs.get(&ifindex).copied().unwrap_or_default(),
+                host_mac,
                 addresses: addresses.map(IpAddr::from).collect(),
+                queued: flags & podway_abi::endpoint_flags::QUEUED != 0,
             });
         }
         all.sort_by_key(|e| e.ifindex);

@@ -248,6 +248,12 @@ fn run_all(name: &str, method: AttachMethod) {
         test.fill(case.overlay, &net.interfaces);
         check(&test, &taps, &case);
         run += 1;
+        if case.expect.verdict == Verdict::ToPod {
+            test.queue_all();
+            let before = test.count("to_pod", Reason::Delivered.name());
+            check(&test, &taps, &case);
+            assert!(test.count("to_pod", Reason::Delivered.name()) > before, "{}: not queued", case.name);
+        }
     }
     println!("{run} cases on devices");
     net.node
@@ -281,7 +287,7 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
     }
     wait_for_count(test, hook, reason, before);
     match case.expect.verdict {
-        Verdict::ToPod => {
+        Verdict::ToPod | Verdict::ToPodQueue => {
             let target = case.expect.target.unwrap();
             let tap = if target == 1 { &taps.pod_1 } else { &taps.pod_2 };
             let expected = cases::delivered(&case.frame, target);

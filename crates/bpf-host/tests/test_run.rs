@@ -58,7 +58,7 @@ fn check(test: &TestDatapath, case: &Case) {
     let expected = match verdict {
         Verdict::Pass | Verdict::SetTunnel => TC_ACT_OK,
         Verdict::Drop => TC_ACT_SHOT,
-        Verdict::ToPod | Verdict::ToTunnel | Verdict::ToUplink => TC_ACT_REDIRECT,
+        Verdict::ToPod | Verdict::ToPodQueue | Verdict::ToTunnel | Verdict::ToUplink => TC_ACT_REDIRECT,
     };
     assert_eq!(run.code, expected, "{}", case.name);
     assert_eq!(test.count(case.hook.name(), reason.name()), before + 1, "{}: counted", case.name);
@@ -149,8 +149,14 @@ fn what_cannot_be_programmed_is_refused_by_name() {
         return;
     }
     let test = TestDatapath::new("refuse", AttachMethod::of_this_kernel());
-    let mut endpoint =
-        Endpoint { id: 1, ifindex: 7, pod_mac: [2; 6], host_mac: [2; 6], addresses: Vec::new() };
+    let mut endpoint = Endpoint {
+        id: 1,
+        ifindex: 7,
+        pod_mac: [2; 6],
+        host_mac: [2; 6],
+        addresses: Vec::new(),
+        queued: false,
+    };
     let error = test.get().set_endpoint(&endpoint).unwrap_err().to_string();
     assert!(error.contains("interface 7") && error.contains("no address"), "{error}");
     endpoint.addresses = vec!["10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap()];

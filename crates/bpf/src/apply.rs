@@ -16,9 +16,10 @@ use crate::{
     skb::{SkbBytes, SkbEnv, is_underlay_v6},
 };
 
-/// Mark of a packet whose tunnel key was set at the pod's hook; only between that hook and the tunnel device,
-/// where it is taken off again. The upper half is "PW".
-pub const MARK_TUNNEL_CHOSEN: u32 = 0x5057_0001;
+/// Mark of a packet that a hook decided about and sent to another device of ours: to the tunnel device with its key
+/// set, where the mark is taken off again, or into the queue of a pod's link, where it goes with the change of the
+/// namespace. The upper half is "PW".
+pub const MARK_DECIDED: u32 = 0x5057_0001;
 
 /// `PACKET_HOST` of `linux/if_packet.h`: the frame is for this machine.
 const PACKET_HOST: u32 = 0;
@@ -39,7 +40,8 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
     let code = match action.verdict {
         Verdict::Pass => Some(pass(ctx, hook)),
         Verdict::Drop => Some(TC_ACT_SHOT),
-        Verdict::ToPod => to_pod(ctx, hook, scratch),
+        Verdict::ToPod => to_pod(ctx, hook, scratch, false),
+        Verdict::ToPodQueue => to_pod(ctx, hook, scratch, true),
         Verdict::ToTunnel => to_tunnel(ctx, scratch, true),
         Verdict::SetTunnel => to_tunnel(ctx, scratch, false),
         Verdict::ToUplink => to_uplink(),
@@ -66,9 +68,10 @@ fn pass(ctx: &TcContext, hook: Hook) -> i32 {
     TC_ACT_OK
 }
 
-/// Into the pod: link-layer addresses, one hop less, and straight to the other side of its veth.
+/// Into the pod: link-layer addresses, one hop less, and straight to the other side of its veth; or, `queued`, out
+/// of this side, whose queue limits the pod's bandwidth.
 #[inline(always)]
-fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch) -> Option<i32> {
+fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch, queued: bool) -> Option<i32> {
     decrement_ttl(ctx, scratch)?;
     let target = &scratch.target;
     let [d0, d1, d2, d3, d4, d5] = target.pod_mac;
@@ -78,7 +81,12 @@ fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch) -> Option<i32> {
     if !matches!(hook, Hook::FromPod) {
         ctx.change_type(PACKET_HOST).ok()?;
     }
-    // SAFETY: no preconditions; the kernel checks the interface.
+    if queued {
+        ctx.set_mark(MARK_DECIDED);
+        // SAFETY: no preconditions; the kernel checks the interface.
+        return Some(unsafe { bpf_redirect(target.ifindex, 0) } as i32);
+    }
+    // SAFETY: as above.
     Some(unsafe { bpf_redirect_peer(target.ifindex, 0) } as i32)
 }
 
@@ -107,7 +115,7 @@ fn to_tunnel(ctx: &TcContext, scratch: &Scratch, redirect: bool) -> Option<i32> 
     if !redirect {
         return Some(TC_ACT_OK);
     }
-    ctx.set_mark(MARK_TUNNEL_CHOSEN);
+    ctx.set_mark(MARK_DECIDED);
     // SAFETY: no preconditions; the kernel checks the interface.
     Some(unsafe { bpf_redirect(config.tunnel_ifindex, 0) } as i32)
 }

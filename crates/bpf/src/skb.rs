@@ -9,7 +9,7 @@ use aya_ebpf::{
 use podway_abi::{Addr, Hook, NodeConfig, node_flags};
 use podway_datapath::{Bytes, Env, Tables, TunnelKey};
 
-use crate::{apply::MARK_TUNNEL_CHOSEN, maps::Maps};
+use crate::{apply::MARK_DECIDED, maps::Maps};
 
 /// The packet's bytes, read with the kernel's helper: right for paged buffers too.
 pub struct SkbBytes<'a>(pub &'a TcContext);
@@ -84,9 +84,9 @@ impl Env for SkbEnv<'_> {
     }
 
     #[inline(always)]
-    fn tunnel_chosen(&self) -> bool {
+    fn is_decided(&self) -> bool {
         // SAFETY: as in `ifindex`.
-        unsafe { (*self.ctx.skb.skb).mark == MARK_TUNNEL_CHOSEN }
+        unsafe { (*self.ctx.skb.skb).mark == MARK_DECIDED }
     }
 }
 

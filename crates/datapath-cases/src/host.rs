@@ -104,8 +104,8 @@ pub struct HostEnv {
     pub tagged: bool,
     /// Outer header of a decapsulated packet.
     pub tunnel_key: Option<TunnelKey>,
-    /// Whether the tunnel's other end was chosen before.
-    pub tunnel_chosen: bool,
+    /// Whether another hook decided before.
+    pub decided: bool,
 }
 
 impl Env for HostEnv {
@@ -129,7 +129,7 @@ impl Env for HostEnv {
         self.tunnel_key
     }
 
-    fn tunnel_chosen(&self) -> bool {
-        self.tunnel_chosen
+    fn is_decided(&self) -> bool {
+        self.decided
     }
 }

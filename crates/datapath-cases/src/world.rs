@@ -98,7 +98,7 @@ pub fn tables(overlay: bool, interfaces: &Interfaces) -> HostTables {
         let source = Source { v4: addr(addresses[0]), v6: addr(addresses[1]), id, pod_mac, pad: [0; 2] };
         tables.sources.insert(ifindex, source);
         for text in addresses {
-            tables.endpoints.insert(addr(text), Endpoint { ifindex, id, pod_mac, host_mac });
+            tables.endpoints.insert(addr(text), Endpoint { ifindex, id, pod_mac, host_mac, flags: 0 });
         }
     }
     for (prefix, len, peer) in peers() {

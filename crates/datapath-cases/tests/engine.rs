@@ -25,7 +25,7 @@ fn env(case: &Case) -> HostEnv {
         now_ns: 1_000_000_000,
         tagged: false,
         tunnel_key: case.outer,
-        tunnel_chosen: false,
+        decided: false,
     }
 }
 
@@ -62,6 +62,35 @@ fn a_tagged_frame_of_a_pod_is_dropped() {
 }
 
 #[test]
+fn a_pod_with_a_limit_gets_its_packets_by_way_of_its_queue() {
+    let delivers = |c: &cases::Case| c.expect.verdict == Verdict::ToPod;
+    for case in cases::all().into_iter().filter(delivers) {
+        let mut tables = world::tables(case.overlay, &INTERFACES);
+        for endpoint in tables.endpoints.values_mut() {
+            endpoint.flags |= podway_abi::endpoint_flags::QUEUED;
+        }
+        let mut scratch = Scratch::new();
+        let action = decide(&PacketBytes(&case.frame), &tables, &env(&case), &mut scratch);
+        assert_eq!(
+            (action.verdict, action.reason),
+            (Verdict::ToPodQueue, Reason::Delivered),
+            "{}",
+            case.name
+        );
+        tables.apply(&scratch);
+        // The queue's own hook has nothing to add: the packet is neither judged nor counted as a second one.
+        let before = tables.conntrack.borrow().clone();
+        let ifindex = scratch.target.ifindex;
+        let queued = HostEnv { hook: Hook::ToPod, ifindex, decided: true, tunnel_key: None, ..env(&case) };
+        let mut scratch = Scratch::new();
+        let action = decide(&PacketBytes(&case.frame), &tables, &queued, &mut scratch);
+        assert_eq!((action.verdict, action.reason), (Verdict::Pass, Reason::Delivered), "{}", case.name);
+        assert!(!scratch.new_flow, "{}", case.name);
+        assert_eq!(*tables.conntrack.borrow(), before, "{}", case.name);
+    }
+}
+
+#[test]
 fn names_of_cases_are_unique() {
     let mut names: Vec<String> = cases::all().into_iter().map(|c| c.name).collect();
     names.sort();
@@ -89,7 +118,7 @@ fn play(segments: &[(bool, u8, u64)]) -> (podway_abi::CtEntry, usize) {
             now_ns: now_s * 1_000_000_000,
             tagged: false,
             tunnel_key: None,
-            tunnel_chosen: false,
+            decided: false,
         };
         let mut scratch = Scratch::new();
         decide(&PacketBytes(&frame), &tables, &env, &mut scratch);
@@ -188,7 +217,7 @@ fn run(tables: &HostTables, hook: Hook, bytes: &[u8]) {
         now_ns: 1,
         tagged: false,
         tunnel_key: Some(TunnelKey { source: world::addr(world::OTHER_NODE[0]), vni: world::VNI }),
-        tunnel_chosen: false,
+        decided: false,
     };
     let mut scratch = Scratch::new();
     let action = decide(&PacketBytes(bytes), tables, &env, &mut scratch);

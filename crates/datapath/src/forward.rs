@@ -1,6 +1,6 @@
 //! Where a packet goes, per hook.
 
-use podway_abi::{Addr, NodeConfig, Reason, mode, peer_flags};
+use podway_abi::{Addr, NodeConfig, Reason, endpoint_flags, mode, peer_flags};
 
 use crate::{
     Action, Bytes, Env, Scratch, Tables, Verdict, guard,
@@ -38,11 +38,15 @@ pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratc
     }
 }
 
-/// What the node's stack sends to a pod: its own traffic, and what it forwards from beyond the cluster.
+/// What the node's stack sends to a pod: its own traffic, and what it forwards from beyond the cluster; and what
+/// another hook has sent into the queue of the pod's link, which is decided already.
 #[inline(always)]
 pub fn to_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
     if tables.source(env.ifindex()).is_none() {
         return Action::drop(Reason::UnknownPod);
+    }
+    if env.is_decided() {
+        return Action::pass(Reason::Delivered);
     }
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
@@ -115,7 +119,7 @@ pub fn from_tunnel(
 /// What leaves through the tunnel device: the host's own traffic gets its other end here.
 #[inline(always)]
 pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
-    if env.tunnel_chosen() {
+    if env.is_decided() {
         return Action::pass(Reason::Encapsulated);
     }
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
@@ -156,7 +160,9 @@ fn deliver(scratch: &mut Scratch) -> Action {
         scratch.new_flow = false;
         return Action::pass(Reason::HopLimit);
     }
-    Action { verdict: Verdict::ToPod, reason: Reason::Delivered }
+    let queued = scratch.target.flags & endpoint_flags::QUEUED != 0;
+    let verdict = if queued { Verdict::ToPodQueue } else { Verdict::ToPod };
+    Action { verdict, reason: Reason::Delivered }
 }
 
 /// To another node. In direct mode a node's own addresses are reached by the node's routes as well.

@@ -68,8 +68,9 @@ pub trait Env {
     fn is_tagged(&self) -> bool;
     /// Where a decapsulated packet came from.
     fn tunnel_key(&self) -> Option<TunnelKey>;
-    /// Whether an earlier hook of this node already chose the tunnel's other end for this packet.
-    fn tunnel_chosen(&self) -> bool;
+    /// Whether an earlier hook of this node already decided about this packet: it chose the tunnel's other end, or
+    /// delivered it to the pod by way of its queue.
+    fn is_decided(&self) -> bool;
 }
 
 /// Outer header of a decapsulated packet, as far as it matters.
@@ -91,6 +92,8 @@ pub enum Verdict {
     Drop,
     /// Put it into a pod of this node: [`Scratch::target`].
     ToPod,
+    /// The same, by way of the queue on the pod's link.
+    ToPodQueue,
     /// Hand it to the tunnel device with [`Scratch::tunnel`] as the other end.
     ToTunnel,
     /// Set [`Scratch::tunnel`] as the other end and let it go on (the hook is on the tunnel device itself).
@@ -146,7 +149,7 @@ impl Scratch {
     pub const fn new() -> Self {
         Self {
             packet: Packet::EMPTY,
-            target: Endpoint { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6] },
+            target: Endpoint { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6], flags: 0 },
             tunnel: Addr::UNSPECIFIED,
             ct_key: CtKey {
                 a: Addr::UNSPECIFIED,

@@ -635,6 +635,7 @@ fn endpoint(ifindex: u32, id: &AttachmentId, addresses: &[IpAddr]) -> Endpoint {
         pod_mac: id.pod_mac(),
         host_mac: id.host_mac(),
         addresses: addresses.to_vec(),
+        queued: false,
     }
 }
 

@@ -53,13 +53,22 @@ impl TestDatapath {
         ];
         for (id, ifindex, pod_mac, host_mac, addresses) in pods {
             let addresses = addresses.iter().map(|t| t.parse().unwrap()).collect();
-            datapath.set_endpoint(&Endpoint { id, ifindex, pod_mac, host_mac, addresses }).unwrap();
+            let endpoint = Endpoint { id, ifindex, pod_mac, host_mac, addresses, queued: false };
+            datapath.set_endpoint(&endpoint).unwrap();
         }
         let peers: BTreeMap<IpNet, Peer> = world::peers()
             .into_iter()
             .map(|(addr, len, peer)| (IpNet::new(IpAddr::from(addr), len).unwrap(), from_abi(&peer)))
             .collect();
         datapath.sync_peers(&peers).unwrap();
+    }
+
+    /// Sends what goes to the pods by way of the queues on their links.
+    #[allow(dead_code, reason = "only the tests on devices have queues")]
+    pub(crate) fn queue_all(&self) {
+        for endpoint in self.get().endpoints().unwrap() {
+            self.get().set_endpoint(&Endpoint { queued: true, ..endpoint }).unwrap();
+        }
     }
 
     /// Packets counted so far for a hook and reason.
