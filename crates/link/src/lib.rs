@@ -25,7 +25,8 @@ pub mod tap;
 
 pub use error::{Error, Result};
 pub use netlink::{
-    Address, AddressFlags, Link, Neighbour, Netlink, Route, RouteFilter, RouteTo, VethSpec, VxlanSpec,
+    Address, AddressFlags, FoundTbf, Link, Neighbour, Netlink, Route, RouteFilter, RouteTo, Tbf, VethSpec,
+    VxlanSpec,
 };
 pub use netns::{NETNS_DIR, Netns};
 

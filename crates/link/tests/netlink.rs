@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::{Namespace, root};
 use ipnet::IpNet;
 use nix::errno::Errno;
-use podway_link::{AddressFlags, Error, Netlink, ROUTE_PROTOCOL, Route, RouteFilter, VethSpec, VxlanSpec};
+use podway_link::{
+    AddressFlags, Error, FoundTbf, Netlink, ROUTE_PROTOCOL, Route, RouteFilter, Tbf, VethSpec, VxlanSpec,
+};
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -452,4 +454,54 @@ fn dumps_are_whole_while_the_tables_change() {
         }
         done.store(true, Ordering::Relaxed);
     });
+}
+
+#[test]
+fn a_rate_is_limited_and_the_limit_changed() {
+    if !root() {
+        return;
+    }
+    let node = Namespace::new("tbf");
+    let mut netlink = node.netlink();
+    let link = netlink.create_veth(&veth("a", "b")).unwrap();
+    let cases = [
+        Tbf { rate: 125_000, burst: 70_000, limit: 100_000 },
+        Tbf { rate: 1_250_000, burst: 80_000, limit: 150_000 },
+        Tbf { rate: 125_000_000_000_000, burst: u32::MAX, limit: u32::MAX },
+    ];
+    for tbf in cases {
+        netlink.set_tbf(link.index, &tbf).unwrap();
+        let found = FoundTbf { index: link.index, rate: tbf.rate, limit: tbf.limit };
+        assert_eq!(netlink.tbfs().unwrap(), [found]);
+    }
+    for wrong in [Tbf { rate: 0, ..cases[0] }, Tbf { burst: 0, ..cases[0] }, Tbf { limit: 0, ..cases[0] }] {
+        let error = netlink.set_tbf(link.index, &wrong).unwrap_err().to_string();
+        assert!(error.contains("above 0"), "{error}");
+    }
+    assert!(netlink.set_tbf(link.index + 100, &cases[0]).unwrap_err().is_not_found());
+
+    // 1 Mbit/s for a burst of 70 kB and 100 kB more: 0.8 s, where an unlimited link takes none.
+    netlink.set_tbf(link.index, &cases[0]).unwrap();
+    let nodad = AddressFlags { nodad: true, ..AddressFlags::default() };
+    netlink.add_address(link.index, net("10.9.0.1/24"), nodad).unwrap();
+    let peer = netlink.link_by_name("b").unwrap().unwrap();
+    netlink.set_up(peer.index).unwrap();
+    netlink.replace_neighbour(link.index, addr("10.9.0.2"), peer.mac).unwrap();
+    let passed = || {
+        let text = std::process::Command::new("cat").arg("/proc/net/dev").output().unwrap().stdout;
+        let text = String::from_utf8(text).unwrap();
+        let line = text.lines().find(|l| l.trim_start().starts_with("b:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let socket = node.netns.run(|| std::net::UdpSocket::bind("10.9.0.1:0")).unwrap().unwrap();
+    let begun = std::time::Instant::now();
+    for _ in 0..300 {
+        // What does not fit into the queue is refused or dropped.
+        socket.send_to(&[0; 1000], "10.9.0.2:9").ok();
+    }
+    let wait = std::time::Duration::from_millis(400);
+    std::thread::sleep(wait);
+    let (bytes, took) = (node.netns.run(passed).unwrap(), begun.elapsed().as_secs_f64());
+    let allowed = 70_000.0 + took * 125_000.0 + 2_000.0;
+    assert!((70_000.0..allowed).contains(&(bytes as f64)), "{bytes} bytes in {took:.2} s");
 }

@@ -1,4 +1,4 @@
-//! [`Netlink`]: the operations on links, addresses, routes and neighbours over one request socket.
+//! [`Netlink`]: the operations on links, their queues, addresses, routes and neighbours over one request socket.
 //!
 //! Requests are built from the types of `netlink-packet-route`. Answers are decoded here, only the
 //! attributes that are used: a link of a kind or a kernel that the library does not know cannot spoil a list.
@@ -7,6 +7,7 @@ mod addresses;
 mod links;
 mod namespaces;
 mod neighbours;
+mod queues;
 mod routes;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,6 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 pub use addresses::{Address, AddressFlags};
 pub use links::{Link, VethSpec, VxlanSpec};
 pub use neighbours::Neighbour;
+pub use queues::{FoundTbf, Tbf};
 pub use routes::{Route, RouteFilter, RouteTo};
 
 pub(crate) use addresses::decode_address;
