@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use podway_agent::logging::LogFormat;
 use podway_agent::{Instance, ListenAddress, config};
+use podway_lab::delay::DELAY_MAX_MICROS;
 use podway_lab::faults;
 use podway_lab::roll::Workload;
 use podway_lab::spec::{self, LabName, LabSpec};
@@ -489,10 +490,10 @@ pub(crate) struct Link {
     #[arg(value_name = "NODE", num_args = 2, required = true)]
     pub(crate) nodes: Vec<String>,
     /// Let nothing pass
-    #[arg(long, group = "fault", conflicts_with_all = ["up", "mtu", "loss"])]
+    #[arg(long, group = "fault", conflicts_with_all = ["up", "mtu", "loss", "delay"])]
     pub(crate) down: bool,
     /// Let everything pass again
-    #[arg(long, group = "fault", conflicts_with_all = ["mtu", "loss"])]
+    #[arg(long, group = "fault", conflicts_with_all = ["mtu", "loss", "delay"])]
     pub(crate) up: bool,
     /// Lose IP packets that are larger than this, in bytes
     #[arg(long, group = "fault", value_name = "BYTES", value_parser = clap::value_parser!(u32).range(68..=65_535))]
@@ -500,6 +501,9 @@ pub(crate) struct Link {
     /// Lose this share of packets, in percent, such as 5 or 0.1
     #[arg(long, group = "fault", value_name = "PERCENT", value_parser = faults::percentage)]
     pub(crate) loss: Option<u32>,
+    /// Let packets arrive later by this many milliseconds in each direction, such as 50 or 0.5; 0 is no delay
+    #[arg(long, group = "fault", value_name = "MS", value_parser = faults::milliseconds)]
+    pub(crate) delay: Option<u32>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -561,6 +565,18 @@ pub(crate) enum Internal {
     StandIn {
         /// File that says for whom
         config: PathBuf,
+    },
+    /// Delay the packets between two nodes of a lab
+    Delay {
+        /// The lab
+        lab: LabName,
+        /// One node
+        a: String,
+        /// The other
+        b: String,
+        /// How long in each direction, in microseconds
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(DELAY_MAX_MICROS)))]
+        micros: u32,
     },
     /// Become a program inside a pod or node
     PodExec(PodExec),
@@ -668,6 +684,10 @@ mod tests {
             "podway lab link a --down",
             "podway lab link a b --up --loss 5",
             "podway lab link a b --mtu 10",
+            "podway lab link a b --down --delay 5",
+            "podway lab link a b --up --delay 5",
+            "podway lab link a b --delay 10001",
+            "podway lab link a b --delay=-1",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -4,7 +4,7 @@ use std::io;
 
 use anyhow::Context as _;
 use podway_lab::cgroup::Cgroup;
-use podway_lab::{pod_exec, standin, supervisor};
+use podway_lab::{delay, pod_exec, standin, supervisor};
 use tracing_subscriber::EnvFilter;
 
 use crate::OK;
@@ -25,6 +25,11 @@ pub(crate) fn run(command: Internal) -> anyhow::Result<u8> {
             let config =
                 serde_json::from_slice(&text).with_context(|| format!("understand {}", config.display()))?;
             Ok(standin::run(config)?)
+        }
+        // The nodes are there for those who list processes.
+        Internal::Delay { lab, micros, a: _, b: _ } => {
+            log();
+            delay::run(&lab, micros).map(|()| OK)
         }
         Internal::PodExec(args) => Err(pod_exec::PodExec {
             cgroup: args.cgroup.map(Cgroup::at),

@@ -317,7 +317,8 @@ fn link(args: Link) -> anyhow::Result<u8> {
     let Ok([a, b]) = <[String; 2]>::try_from(args.nodes) else {
         bail!("a link has two ends; name two nodes")
     };
-    faults::put(&lab, Fault { a, b, down: args.down, mtu: args.mtu, loss_ppm: args.loss })?;
+    let delay_micros = args.delay.filter(|micros| *micros > 0);
+    faults::put(&lab, Fault { a, b, down: args.down, mtu: args.mtu, loss_ppm: args.loss, delay_micros })?;
     Ok(OK)
 }
 

@@ -16,7 +16,7 @@
 //! - [`supervisor`] and its runner: the process that is the lab.
 //! - [`standin`], [`pod_exec`], [`etc`]: what runs in pods, how it gets there, which files it sees.
 //! - [`observe`], [`history`], [`logs`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
-//! - [`roll`], [`readiness`], [`nodes`], [`faults`]: what people do to running workloads,
+//! - [`roll`], [`readiness`], [`nodes`], [`faults`] with [`delay`]: what people do to running workloads,
 //!   nodes and links.
 //! - [`up`], [`down`](mod@down): making it and removing it without a trace.
 //!
@@ -27,6 +27,7 @@ pub mod apply;
 pub mod cgroup;
 pub mod check;
 pub mod client;
+pub mod delay;
 pub mod down;
 pub mod etc;
 mod events;

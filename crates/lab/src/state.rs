@@ -12,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use podway_apiserver::BearerToken;
 use serde::{Deserialize, Serialize};
 
+use crate::delay::Relay;
 use crate::faults::Fault;
 use crate::spec::{LabName, LabSpec, labs_dir};
 
@@ -54,7 +55,7 @@ impl SupervisorFile {
 }
 
 /// Field 22 of `/proc/<pid>/stat` (proc(5)). A process that has ended and waits for its parent is not alive.
-fn start_ticks(pid: i32) -> io::Result<u64> {
+pub(crate) fn start_ticks(pid: i32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is the command in brackets and may hold anything.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
@@ -154,6 +155,16 @@ impl StateDir {
     /// With the file and the cause.
     pub fn write_faults(&self, faults: &[Fault]) -> anyhow::Result<()> {
         self.write("faults.json", &serde_json::to_vec_pretty(faults)?)
+    }
+
+    /// The processes that delay packets between nodes.
+    pub(crate) fn relays(&self) -> anyhow::Result<Option<Vec<Relay>>> {
+        self.read("relays.json")
+    }
+
+    /// Writes which processes delay packets between nodes.
+    pub(crate) fn write_relays(&self, relays: &[Relay]) -> anyhow::Result<()> {
+        self.write("relays.json", &serde_json::to_vec_pretty(relays)?)
     }
 
     /// Writes a file whole, for root alone.

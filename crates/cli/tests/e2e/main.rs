@@ -11,6 +11,7 @@
 mod attachments;
 mod faults;
 mod lab;
+mod links;
 mod live;
 mod paths;
 mod projects;

@@ -112,6 +112,7 @@ async fn supervise(spec: LabSpec, token: String, state: &StateDir, cgroup: &Cgro
     tokio::spawn(controllers::run(store.clone(), controllers::config(&spec)));
     let runner = Arc::new(Runner::new(&spec, store.clone(), nodes.table.clone(), plugin));
     tokio::spawn(runner.run());
+    tokio::spawn(nodes.clone().keep_links());
     tokio::spawn(nodes.keep(agents));
 
     state.write_supervisor(&SupervisorFile::of_self(api_port)?)?;

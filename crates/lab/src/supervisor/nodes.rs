@@ -29,6 +29,8 @@ const DRAIN: Duration = Duration::from_secs(60);
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks at what has to go.
 const LOOK: Duration = Duration::from_millis(50);
+/// Between two looks at what delays packets.
+const LINKS_LOOK: Duration = Duration::from_secs(1);
 /// Who the events are from.
 const COMPONENT: &str = "podway-lab";
 
@@ -59,6 +61,26 @@ impl Nodes {
             if let Err(error) = self.watch(&mut agents).await {
                 tracing::warn!(%error, "watch of nodes starts again");
                 tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+
+    /// Starts again what delays packets between nodes, whenever it has ended.
+    pub(super) async fn keep_links(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LINKS_LOOK).await;
+            let lab = self.spec.name.clone();
+            let looked = tokio::task::spawn_blocking(move || -> anyhow::Result<bool> {
+                let broken = faults::need_mending(&lab)?;
+                if broken {
+                    faults::mend(&lab)?;
+                }
+                Ok(broken)
+            });
+            match looked.await.unwrap_or_else(|e| Err(e.into())) {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!("a process that delays packets had ended; it is started again"),
+                Err(error) => tracing::error!(error = format!("{error:#}"), "links with a delay"),
             }
         }
     }
