@@ -41,4 +41,21 @@ pub enum Error {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// Names that make no path.
+    #[error("{0:?} is no path of an object")]
+    Path(String),
+}
+
+impl Error {
+    /// The HTTP status that the server answered with, when it answered.
+    #[must_use]
+    pub fn code(&self) -> Option<u16> {
+        match self {
+            Self::Request { source, .. } => match &**source {
+                kube::Error::Api(status) => Some(status.code),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
 }

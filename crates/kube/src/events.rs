@@ -62,6 +62,18 @@ pub struct Subject {
 }
 
 impl Subject {
+    /// An object of core/v1 in a namespace.
+    #[must_use]
+    pub fn namespaced(kind: &str, namespace: &str, name: &str, uid: &str) -> Self {
+        Self {
+            api_version: "v1".into(),
+            kind: kind.to_owned(),
+            namespace: Some(namespace.to_owned()),
+            name: name.to_owned(),
+            uid: uid.to_owned(),
+        }
+    }
+
     /// A Node.
     #[must_use]
     pub fn node(name: &str, uid: &str) -> Self {

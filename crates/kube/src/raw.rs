@@ -26,6 +26,21 @@ pub struct Kind {
 impl Kind {
     /// core/v1 Node.
     pub const NODE: Self = Self { group: "", version: "v1", kind: "Node", plural: "nodes" };
+    /// core/v1 Service.
+    pub const SERVICE: Self = Self { group: "", version: "v1", kind: "Service", plural: "services" };
+    /// discovery.k8s.io/v1 EndpointSlice.
+    pub const ENDPOINT_SLICE: Self =
+        Self { group: "discovery.k8s.io", version: "v1", kind: "EndpointSlice", plural: "endpointslices" };
+    /// coordination.k8s.io/v1 Lease.
+    pub const LEASE: Self =
+        Self { group: "coordination.k8s.io", version: "v1", kind: "Lease", plural: "leases" };
+    /// podway.dev/v1alpha1 LoadBalancerPool.
+    pub const LOAD_BALANCER_POOL: Self = Self {
+        group: "podway.dev",
+        version: "v1alpha1",
+        kind: "LoadBalancerPool",
+        plural: "loadbalancerpools",
+    };
 
     pub(crate) fn api_resource(self) -> ApiResource {
         let api_version = if self.group.is_empty() {

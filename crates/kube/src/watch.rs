@@ -48,13 +48,13 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// What happened to the watched kind.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Change {
+pub enum Change<T = Value> {
     /// The complete set of objects; replaces all that was known.
-    Synced(Vec<Value>),
+    Synced(Vec<T>),
     /// An object was created or changed.
-    Applied(Value),
+    Applied(T),
     /// An object was deleted; this is its last state.
-    Deleted(Value),
+    Deleted(T),
     /// The server cannot be reached or refuses. What is known stays valid until something else is told.
     Interrupted(String),
     /// The server answers again after an [`Change::Interrupted`].
@@ -66,12 +66,24 @@ pub enum Change {
 /// `buffer` is the number of changes that may wait; a slow receiver slows the watch down and loses nothing.
 #[must_use]
 pub fn start(client: &Client, kind: Kind, buffer: usize) -> mpsc::Receiver<Change> {
+    start_parsed(client, kind, buffer, |value| value)
+}
+
+/// The same, with every object turned into something else as soon as it is read: a list of many large objects is never
+/// held as JSON.
+#[must_use]
+pub fn start_parsed<T: Send + 'static>(
+    client: &Client,
+    kind: Kind,
+    buffer: usize,
+    parse: impl Fn(Value) -> T + Send + Sync + 'static,
+) -> mpsc::Receiver<Change<T>> {
     let (tx, rx) = mpsc::channel(buffer.max(1));
     let client = client.clone();
     tokio::spawn(async move {
         let mut reporter = Reporter { tx, away: false };
         // Each turn starts from a fresh list. `None` says that nobody listens any more.
-        while follow(&client, kind, &mut reporter).await.is_some() {
+        while follow(&client, kind, &parse, &mut reporter).await.is_some() {
             debug!(kind = kind.kind, "listing anew");
         }
     });
@@ -81,13 +93,13 @@ pub fn start(client: &Client, kind: Kind, buffer: usize) -> mpsc::Receiver<Chang
 /// The receiver is gone.
 struct Closed;
 
-struct Reporter {
-    tx: mpsc::Sender<Change>,
+struct Reporter<T> {
+    tx: mpsc::Sender<Change<T>>,
     away: bool,
 }
 
-impl Reporter {
-    async fn tell(&mut self, change: Change) -> Result<(), Closed> {
+impl<T> Reporter<T> {
+    async fn tell(&mut self, change: Change<T>) -> Result<(), Closed> {
         match &change {
             Change::Interrupted(_) => self.away = true,
             Change::Resumed => self.away = false,
@@ -102,7 +114,12 @@ impl Reporter {
 }
 
 /// One life of a watcher. Returns `Some` when a new list is needed, `None` when the receiver is gone.
-async fn follow(client: &Client, kind: Kind, reporter: &mut Reporter) -> Option<()> {
+async fn follow<T>(
+    client: &Client,
+    kind: Kind,
+    parse: &(impl Fn(Value) -> T + Sync),
+    reporter: &mut Reporter<T>,
+) -> Option<()> {
     let api: Api<RawObject> = Api::all_with(client.inner().clone(), &kind.api_resource());
     let config = watcher::Config {
         timeout: Some(WATCH_TIMEOUT),
@@ -134,12 +151,12 @@ async fn follow(client: &Client, kind: Kind, reporter: &mut Reporter) -> Option<
                 continue;
             }
             Ok(Event::InitApply(object)) => {
-                listed.push(object.into_value());
+                listed.push(parse(object.into_value()));
                 continue;
             }
             Ok(Event::InitDone) => reporter.tell(Change::Synced(std::mem::take(&mut listed))).await,
-            Ok(Event::Apply(object)) => reporter.tell(Change::Applied(object.into_value())).await,
-            Ok(Event::Delete(object)) => reporter.tell(Change::Deleted(object.into_value())).await,
+            Ok(Event::Apply(object)) => reporter.tell(Change::Applied(parse(object.into_value()))).await,
+            Ok(Event::Delete(object)) => reporter.tell(Change::Deleted(parse(object.into_value()))).await,
             Err(error) => {
                 if is_gone(&error) {
                     return Some(());
