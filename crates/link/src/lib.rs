@@ -9,10 +9,12 @@
 //! - [`Netlink`]: one rtnetlink socket; links, addresses, routes, neighbours.
 //! - [`Netns`]: an open network namespace, named namespaces, running code inside one.
 //! - [`monitor`]: changes as they happen.
+//! - [`announce`]: telling the neighbours on a link where an address is now.
 //! - [`tap`]: links whose other end is a process.
 //! - [`sysctl`], [`snmp`]: the `/proc` side.
 //! - [`probe`]: proof of the path MTU between two nodes.
 
+pub mod announce;
 mod error;
 pub mod monitor;
 mod netlink;

@@ -285,3 +285,26 @@ fn answers_later_than_their_round_are_not_wasted() {
         assert_eq!(verdict, Verdict::Narrow { expected: 1500, found: 1400 }, "rtt {rtt} ms");
     }
 }
+
+#[test]
+fn every_probe_is_counted_once_as_answered_or_lost() {
+    for (loss, alive, rtt, answered) in [
+        (0, true, 1, 1.0..=1.0),
+        (30, true, 1, 0.6..=0.8),
+        (0, false, 1, 0.0..=0.0),
+        // Answers that come after more than two seconds are none.
+        (0, true, 2_001, 0.0..=0.0),
+        (0, true, 1_900, 1.0..=1.0),
+    ] {
+        let (mut net, mut simulation) = (Net::new(1500), Simulation::new(1500));
+        (net.loss, net.alive, net.rtt) = (loss, alive, Duration::from_millis(rtt));
+        simulation.run(&mut net, 300 * SECOND);
+        let counts = simulation.path.counts();
+        let all = counts.answered + counts.lost;
+        let share = counts.answered as f64 / all as f64;
+        assert!(answered.contains(&share), "loss {loss}, alive {alive}, {rtt} ms: {counts:?}");
+        // What was sent within the last two seconds may still be answered.
+        let sent = simulation.sent as u64;
+        assert!(all <= sent && sent - all <= 32, "{counts:?} of {sent}");
+    }
+}

@@ -15,7 +15,7 @@ use super::Netlink;
 use crate::socket::{Attributes, ip, number};
 use crate::{Error, Result};
 
-const IFADDRMSG: usize = 8;
+pub(super) const IFADDRMSG: usize = 8;
 
 /// An address of a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Netlink {
     }
 }
 
-fn message(operation: &'static str, index: u32, address: IpNet) -> Result<AddressMessage> {
+pub(super) fn message(operation: &'static str, index: u32, address: IpNet) -> Result<AddressMessage> {
     if index == 0 {
         return Err(Error::invalid(operation, object(index, address), "interface indexes begin at 1"));
     }
@@ -136,7 +136,7 @@ fn message(operation: &'static str, index: u32, address: IpNet) -> Result<Addres
     Ok(message)
 }
 
-fn object(index: u32, address: IpNet) -> String {
+pub(super) fn object(index: u32, address: IpNet) -> String {
     format!("{address} on link {index}")
 }
 

@@ -4,6 +4,7 @@
 //! attributes that are used: a link of a kind or a kernel that the library does not know cannot spoil a list.
 
 mod addresses;
+mod held;
 mod links;
 mod namespaces;
 mod neighbours;

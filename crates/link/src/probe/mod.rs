@@ -15,7 +15,7 @@ mod prober;
 mod responder;
 pub mod wire;
 
-pub use path::{PathConfig, PathProbe, Verdict};
+pub use path::{Counts, PathConfig, PathProbe, Verdict};
 pub use prober::{PEERS_MAX, Prober, ProberConfig, Report};
 pub use responder::Responder;
 

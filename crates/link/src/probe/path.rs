@@ -71,6 +71,15 @@ pub enum Verdict {
     },
 }
 
+/// What became of the probes of a path since it is watched. Those whose answer may still come are in neither number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Probes that were acknowledged.
+    pub answered: u64,
+    /// Probes that were not, within two seconds. Those that are larger than the path carries are among them.
+    pub lost: u64,
+}
+
 /// A probe to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
@@ -113,6 +122,7 @@ pub struct PathProbe {
     next: Instant,
     outstanding: VecDeque<(u64, u16, Instant)>,
     rtt: Option<Duration>,
+    counts: Counts,
     searches: u8,
     verdict: Verdict,
     random: u64,
@@ -130,6 +140,7 @@ impl PathProbe {
             next: now,
             outstanding: VecDeque::new(),
             rtt: None,
+            counts: Counts::default(),
             searches: 0,
             verdict: Verdict::Unknown,
             random: seed,
@@ -155,8 +166,10 @@ impl PathProbe {
         let Some((_, _, sent)) = self.outstanding.remove(position) else { return };
         let age = now.saturating_duration_since(sent);
         if age > ANSWER_AGE_MAX {
+            self.counts.lost += 1;
             return;
         }
+        self.counts.answered += 1;
         self.rtt = Some(self.rtt.map_or(age, |rtt| rtt.mul_f64(0.8) + age.mul_f64(0.2)));
         // An answer that comes after the end of its round (a machine short of CPU) still tells of the size.
         if let Phase::Search { low, .. } | Phase::Confirm { low } = self.phase
@@ -184,6 +197,7 @@ impl PathProbe {
             round.sizes.sort_unstable();
             self.conclude(&round, now);
         }
+        self.give_up(now);
         let timeout = self.timeout();
         match &mut self.round {
             None if self.next <= now => {
@@ -233,6 +247,11 @@ impl PathProbe {
         self.rtt
     }
 
+    /// What became of the probes.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
     fn timeout(&self) -> Duration {
         // Copies go out within the first half, so their answers come in time, too.
         let guess = self.rtt.map_or(self.config.timeout_min * 2, |rtt| rtt.mul_f64(2.5));
@@ -273,10 +292,19 @@ impl PathProbe {
         for probe in &probes {
             if self.outstanding.len() == OUTSTANDING_MAX {
                 self.outstanding.pop_front();
+                self.counts.lost += 1;
             }
             self.outstanding.push_back((probe.nonce, probe.size, now));
         }
         probes
+    }
+
+    /// Counts as lost what is not answered any more.
+    fn give_up(&mut self, now: Instant) {
+        let old = |(_, _, sent): &mut _| now.saturating_duration_since(*sent) > ANSWER_AGE_MAX;
+        while self.outstanding.pop_front_if(old).is_some() {
+            self.counts.lost += 1;
+        }
     }
 
     /// SplitMix64.

@@ -12,7 +12,7 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::path::{PathConfig, PathProbe, Verdict};
+use super::path::{Counts, PathConfig, PathProbe, Verdict};
 use super::wire::{Kind, Packet};
 use super::{DEFAULT_PORT, Rate};
 use crate::{Error, Result};
@@ -205,6 +205,11 @@ impl Prober {
     /// Smoothed time from probe to acknowledgement of a peer.
     pub fn rtt(&self, peer: IpAddr) -> Option<Duration> {
         self.peers.get(&peer)?.path.rtt()
+    }
+
+    /// What became of the probes to a peer.
+    pub fn counts(&self, peer: IpAddr) -> Option<Counts> {
+        Some(self.peers.get(&peer)?.path.counts())
     }
 
     fn receive(&mut self) {
