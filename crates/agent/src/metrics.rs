@@ -8,7 +8,7 @@ use podway_bpf_host::Datapath;
 use podway_link::probe::Verdict;
 use podway_link::snmp;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric as _};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -222,6 +222,7 @@ impl Sources {
 
     fn paths(&self, out: &mut Out<'_, '_>) -> fmt::Result {
         let (mut found, mut expected, mut narrow, mut silent) = (vec![], vec![], vec![], vec![]);
+        let (mut probes, mut rtts) = (vec![], vec![]);
         for path in self.status.snapshot().paths.into_values() {
             let label = || vec![("node", path.node.clone())];
             let (is_narrow, is_silent) = match path.verdict {
@@ -240,6 +241,13 @@ impl Sources {
             };
             narrow.push((label(), is_narrow));
             silent.push((label(), is_silent));
+            for (result, count) in [("answered", path.probes.answered), ("lost", path.probes.lost)] {
+                let mut labels = label();
+                labels.push(("result", result.to_owned()));
+                probes.push((labels, count));
+            }
+            // One that is silent has no time to its answer.
+            rtts.extend(path.rtt.filter(|_| is_silent == 0).map(|rtt| (label(), rtt.as_secs_f64())));
         }
         out.gauge("path_mtu_bytes", "Largest packet that is proven to reach another node", &found)?;
         out.gauge("path_mtu_expected_bytes", "Largest packet that should reach another node", &expected)?;
@@ -248,7 +256,13 @@ impl Sources {
             "1 while the path to another node carries less than it should",
             &narrow,
         )?;
-        out.gauge("path_silent", "1 while another node does not answer path probes", &silent)
+        out.gauge("path_silent", "1 while another node does not answer path probes", &silent)?;
+        out.counter(
+            "path_probes",
+            "Path probes to another node by result: answered within 2 s or lost",
+            &probes,
+        )?;
+        out.gauge("path_rtt_seconds", "Smoothed time from a path probe to its answer", &rtts)
     }
 
     fn datapath(&self, out: &mut Out<'_, '_>) -> fmt::Result {
@@ -309,13 +323,18 @@ struct Out<'a, 'b> {
 }
 
 impl Out<'_, '_> {
-    fn gauge(&mut self, name: &str, help: &str, rows: &[(Labels, u64)]) -> fmt::Result {
+    fn gauge<N: EncodeGaugeValue + Copy>(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: &[(Labels, N)],
+    ) -> fmt::Result {
         if rows.is_empty() {
             return Ok(());
         }
         let mut metric = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (labels, value) in rows {
-            let gauge = ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX));
+            let gauge = ConstGauge::new(*value);
             if labels.is_empty() {
                 // The encoder ends with its metric: a row without labels is the only one.
                 return gauge.encode(metric);

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use podway_link::probe::{Prober, ProberConfig, Report, Responder, Verdict};
+use podway_link::probe::{Counts, Prober, ProberConfig, Report, Responder, Verdict};
 use tracing::{debug, info, warn};
 
 use crate::attach::lock;
@@ -160,6 +160,7 @@ fn probe(port: u16, wanted: &Mutex<Wanted>, stopping: &AtomicBool, judge: &mut J
                 for report in reports {
                     judge.judge(&applied, &report);
                 }
+                judge.count(prober);
             }
             Err(error) => {
                 debug!(%error, "probing paths");
@@ -188,9 +189,15 @@ struct Judge {
 impl Judge {
     fn judge(&mut self, wanted: &Wanted, report: &Report) {
         let Some(node) = wanted.peers.get(&report.peer) else { return };
-        let path = Path { node: node.clone(), verdict: report.now };
         self.status.update(|s| {
-            s.paths.insert(report.peer, path);
+            let path = s.paths.entry(report.peer).or_insert_with(|| Path {
+                node: String::new(),
+                verdict: Verdict::Unknown,
+                probes: Counts::default(),
+                rtt: None,
+            });
+            path.node.clone_from(node);
+            path.verdict = report.now;
         });
         let pair = format!("{} -> {node} ({})", wanted.own_name, report.peer);
         match report.now {
@@ -215,6 +222,16 @@ impl Judge {
             }
             _ => {}
         }
+    }
+
+    /// Takes over what became of the probes.
+    fn count(&self, prober: &Prober) {
+        self.status.update(|s| {
+            for (peer, path) in &mut s.paths {
+                path.probes = prober.counts(*peer).unwrap_or(path.probes);
+                path.rtt = prober.rtt(*peer);
+            }
+        });
     }
 
     fn forget_others(&mut self, wanted: &Wanted) {

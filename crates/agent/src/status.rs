@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use podway_link::probe::Verdict;
+use podway_link::probe::{Counts, Verdict};
 
 use crate::attach::lock;
 use crate::network::Local;
@@ -29,6 +29,10 @@ pub struct Path {
     pub node: String,
     /// What is known about it.
     pub verdict: Verdict,
+    /// What became of the probes.
+    pub probes: Counts,
+    /// Smoothed time from a probe to its answer.
+    pub rtt: Option<Duration>,
 }
 
 /// Everything that is shown.
