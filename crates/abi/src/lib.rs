@@ -11,6 +11,7 @@
 mod addr;
 mod conntrack;
 mod reason;
+pub mod services;
 mod tables;
 
 pub use addr::Addr;

@@ -16,6 +16,7 @@
 pub mod forward;
 pub mod guard;
 pub mod packet;
+pub mod service;
 pub mod track;
 
 use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source};

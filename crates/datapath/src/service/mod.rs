@@ -1,0 +1,180 @@
+//! Services: from an address and port to one backend.
+//!
+//! Pure, like every decision: the socket hooks, the packet path, tests on hash maps and a trace run this code over
+//! [`ServiceHost`]. A look-up costs the same whatever the number of services: at most three hash look-ups tell what
+//! answers at an address ([`find`]), then three array look-ups lead to a backend ([`choose`]).
+
+mod pick;
+
+pub use pick::{Choice, maglev_hash};
+use podway_abi::Addr;
+use podway_abi::services::{
+    ANY_V4, Affinity, AffinityKey, Backend, Frontend, FrontendKey, Origin, SetWord, SlotPair, SourceRange,
+    address_flags, frontend_flags, route, scope, set_kind,
+};
+
+use crate::same_addr;
+
+/// Where the decisions about services find their tables. Every look-up returns a copy.
+pub trait ServiceHost {
+    /// What answers at an address and port.
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
+    /// The [`address_flags`] of an address; 0 when it has no entry.
+    fn address(&self, addr: &Addr) -> u32;
+    /// Whether an address lies in a range of cluster IPs.
+    fn in_service_range(&self, addr: &Addr) -> bool;
+    /// One word of the table of sets.
+    fn set(&self, index: u32) -> Option<SetWord>;
+    /// Two slots: the pair at half of a slot's index.
+    fn slots(&self, pair: u32) -> Option<SlotPair>;
+    /// Two entries of the Maglev array.
+    fn maglev(&self, pair: u32) -> Option<SlotPair>;
+    /// A backend by its number.
+    fn backend(&self, id: u32) -> Option<Backend>;
+    /// The backend that a client had.
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Whether a sender lies in one of a service's source ranges.
+    fn in_source_ranges(&self, key: &SourceRange) -> bool;
+    /// A number that nobody can predict.
+    fn random(&self) -> u32;
+    /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
+    fn now_ns(&self) -> u64;
+}
+
+/// Who asks for what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Query {
+    /// Who counts as one client: the sender's address, or a number for it ([`podway_abi::services::client`]).
+    pub client: Addr,
+    /// The sender's address; [`Addr::UNSPECIFIED`] while a socket has not chosen it.
+    pub src: Addr,
+    /// The address that was asked for.
+    pub dst: Addr,
+    /// The sender's port, host byte order; 0 while a socket has none.
+    pub src_port: u16,
+    /// The port that was asked for, host byte order.
+    pub dst_port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Who it is.
+    pub origin: Origin,
+    /// Whether the client keeps its backend without session affinity too: each datagram of an unconnected socket
+    /// asks anew.
+    pub sticky: bool,
+}
+
+/// What a query comes to.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// No service answers there.
+    Untouched,
+    /// The backend in [`Choice`].
+    Backend,
+    /// The address belongs to a service that has no such port, or to none at all: the sender is told.
+    Undefined,
+    /// Nobody serves: the sender is told.
+    Reject,
+    /// Nobody serves on this node though only this node's endpoints count: silence.
+    Drop,
+    /// The sender is outside of the service's source ranges.
+    OutOfRange,
+    /// Source ranges apply and the sender's address is not known yet.
+    UnknownSource,
+}
+
+/// Seconds for which the socket of unconnected datagrams keeps its backend while it is silent (RFC 4787 REQ-5).
+pub const STICKY_S: u32 = 180;
+
+/// Finds what answers: [`Outcome::Backend`] stands for "`out` is the frontend".
+#[inline(never)]
+pub fn find(host: &impl ServiceHost, query: &Query, out: &mut Frontend) -> Outcome {
+    let mut key =
+        FrontendKey { addr: query.dst, port: query.dst_port, proto: query.proto, scope: scope::ADDRESS };
+    if let Some(frontend) = host.frontend(&key) {
+        *out = frontend;
+        return Outcome::Backend;
+    }
+    let mut bits = host.address(&query.dst);
+    // The node reaches node ports on loopback as well; for anybody else loopback is their own.
+    if matches!(query.origin, Origin::Node) && is_loopback(&query.dst) {
+        bits = address_flags::NODE_PORTS;
+    }
+    if bits & address_flags::NODE_PORTS != 0 {
+        key.addr = if query.dst.is_v4() { ANY_V4 } else { Addr::UNSPECIFIED };
+        key.scope = scope::NODE;
+        if let Some(frontend) = host.frontend(&key) {
+            *out = frontend;
+            return Outcome::Backend;
+        }
+    }
+    if bits & address_flags::VIP != 0 || (bits == 0 && host.in_service_range(&query.dst)) {
+        return Outcome::Undefined;
+    }
+    Outcome::Untouched
+}
+
+/// Decides about one query: [`find`], the route of its origin, the source ranges, and a backend of the set.
+#[inline(always)]
+pub fn choose(host: &impl ServiceHost, query: &Query, choice: &mut Choice) -> Outcome {
+    let mut frontend = Frontend::default();
+    choice.service = u32::MAX;
+    match find(host, query, &mut frontend) {
+        Outcome::Backend => {}
+        outcome => return outcome,
+    }
+    choose_at(host, query, &frontend, choice)
+}
+
+/// The rest of [`choose`] once the frontend is known.
+#[inline(never)]
+pub fn choose_at(
+    host: &impl ServiceHost,
+    query: &Query,
+    frontend: &Frontend,
+    choice: &mut Choice,
+) -> Outcome {
+    choice.service = frontend.service;
+    choice.remember = false;
+    let bits = frontend.route(query.origin);
+    choice.masquerade = bits & route::MASQUERADE != 0;
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 {
+        match in_ranges(host, query, frontend.service) {
+            Outcome::Backend => {}
+            outcome => return outcome,
+        }
+    }
+    let kind = match bits & route::TARGET {
+        route::CLUSTER => set_kind::CLUSTER,
+        route::LOCAL => set_kind::LOCAL,
+        route::REJECT => return Outcome::Reject,
+        _ => return Outcome::Drop,
+    };
+    if pick::pick(host, query, frontend, kind, choice) { Outcome::Backend } else { Outcome::Reject }
+}
+
+/// The node itself and the address's own holder are never outside (a load balancer's health checks come from there).
+#[inline(always)]
+fn in_ranges(host: &impl ServiceHost, query: &Query, service: u32) -> Outcome {
+    if matches!(query.origin, Origin::Node) || same_addr(&query.src, &query.dst) {
+        return Outcome::Backend;
+    }
+    if same_addr(&query.src, &Addr::UNSPECIFIED) {
+        return Outcome::UnknownSource;
+    }
+    if host.in_source_ranges(&SourceRange { service, addr: query.src }) {
+        Outcome::Backend
+    } else {
+        Outcome::OutOfRange
+    }
+}
+
+/// Whether an address is of `127.0.0.0/8` or `::1`.
+#[inline(always)]
+pub fn is_loopback(addr: &Addr) -> bool {
+    if addr.is_v4() {
+        return u32::from_be(addr.v4_word()) >> 24 == 127;
+    }
+    let [w0, w1, w2, w3] = addr.words;
+    (w0 | w1 | w2) == 0 && w3 == 1u32.to_be()
+}
