@@ -4,10 +4,14 @@
 //! the helpers of the kernel. Kernel floor: 6.1.
 #![no_std]
 #![no_main]
+// Atomic addition; see `service_maps`.
+#![feature(asm_experimental_arch)]
 
 mod apply;
 mod maps;
+mod service_maps;
 mod skb;
+mod sock;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use podway_abi::Hook;

@@ -24,12 +24,10 @@ pub struct Choice {
     pub local: bool,
     /// Whether the node's address has to replace the source.
     pub masquerade: bool,
-    /// Whether the host has to remember the backend under [`Choice::key`].
+    /// Whether the host has to write [`Choice::affinity`].
     pub remember: bool,
-    /// The client.
-    pub key: AffinityKey,
-    /// What to remember.
-    pub affinity: Affinity,
+    /// When the choice was made, nanoseconds of `CLOCK_MONOTONIC`; known when it is to be remembered.
+    pub now_ns: u64,
 }
 
 impl Choice {
@@ -43,9 +41,17 @@ impl Choice {
         local: false,
         masquerade: false,
         remember: false,
-        key: AffinityKey { client: Addr::UNSPECIFIED, service: 0 },
-        affinity: Affinity { last_seen_ns: 0, backend: 0, incarnation: 0 },
+        now_ns: 0,
     };
+
+    /// What to remember of the client when [`Choice::remember`] is set.
+    #[inline(always)]
+    pub const fn affinity(&self, query: &Query) -> (AffinityKey, Affinity) {
+        (
+            AffinityKey { client: query.client, service: self.service },
+            Affinity { last_seen_ns: self.now_ns, backend: self.backend, incarnation: self.incarnation },
+        )
+    }
 
     #[inline(always)]
     fn take(&mut self, id: u32, backend: &Backend) {
@@ -78,14 +84,14 @@ pub(super) fn pick(
     if !remembers {
         return fresh(host, query, frontend, kind, choice);
     }
-    choice.key = AffinityKey { client: query.client, service: frontend.service };
+    let key = AffinityKey { client: query.client, service: frontend.service };
     let now = host.now_ns();
+    choice.now_ns = now;
     let limit_s = if frontend.affinity_s != 0 { frontend.affinity_s } else { STICKY_S };
-    if let Some(had) = host.affinity(&choice.key) {
+    if let Some(had) = host.affinity(&key) {
         let age = now.saturating_sub(had.last_seen_ns);
         if age <= limit_s as u64 * 1_000_000_000 && kept(host, &had, frontend.service, kind, choice) {
             choice.remember = age > REFRESH_NS;
-            choice.affinity = Affinity { last_seen_ns: now, ..had };
             return true;
         }
     }
@@ -93,8 +99,6 @@ pub(super) fn pick(
         return false;
     }
     choice.remember = true;
-    choice.affinity =
-        Affinity { last_seen_ns: now, backend: choice.backend, incarnation: choice.incarnation };
     true
 }
 
