@@ -12,6 +12,7 @@ use podway_lab::down;
 use podway_lab::exec;
 use podway_lab::faults::{self, Fault};
 use podway_lab::observe::{Observation, observe};
+use podway_lab::paths::{self, PathStatus};
 use podway_lab::spec::LabName;
 use podway_lab::state::{self, StateDir};
 use podway_lab::up::{self, Made, Waited};
@@ -116,7 +117,8 @@ fn up(args: &Up) -> anyhow::Result<u8> {
             Waited::Settled(seen) => (seen, true),
             Waited::Stuck(seen) | Waited::TimedOut(seen) => (seen, false),
         };
-        output::print(&describe(seen, &faults::list(&spec.name)?));
+        let faults = faults::list(&spec.name)?;
+        output::print(&describe(seen, &faults, &paths::notable(&spec.name, &seen.nodes, &faults)));
         if !settled {
             let why = match waited {
                 Waited::TimedOut(_) => format!("not everything is ready after {} s", args.timeout.as_secs()),
@@ -159,7 +161,7 @@ fn waiting_for(seen: &Observation) -> Vec<String> {
     nodes.chain(pods).chain(workloads).chain(seen.malformed.iter().cloned()).collect()
 }
 
-fn describe(seen: &Observation, faults: &[Fault]) -> String {
+fn describe(seen: &Observation, faults: &[Fault], paths: &[PathStatus]) -> String {
     let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
     let mtu = |m: Option<u32>| m.map_or_else(|| "-".to_owned(), |m| m.to_string());
     let join = |list: &[std::net::IpAddr]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -201,8 +203,12 @@ fn describe(seen: &Observation, faults: &[Fault]) -> String {
     }
     let mut links = vec![row(&["LINK", "FAULT"])];
     links.extend(faults.iter().map(|f| vec![format!("{} {}", f.a, f.b), f.describe()]));
-    let links = if faults.is_empty() { String::new() } else { format!("\n{}", table(&links)) };
-    format!("\n{}\n{}{links}", table(&nodes), table(&pods))
+    let mut ways = vec![row(&["PATH", "AS ITS AGENT SEES IT"])];
+    ways.extend(paths.iter().map(|p| vec![format!("{} -> {}", p.from, p.to), p.describe()]));
+    // Nothing to tell is nothing to show.
+    let rest =
+        [links, ways].iter().filter(|t| t.len() > 1).map(|t| format!("\n{}", table(t))).collect::<String>();
+    format!("\n{}\n{}{rest}", table(&nodes), table(&pods))
 }
 
 fn next_steps(lab: &LabName) -> String {
@@ -211,8 +217,8 @@ fn next_steps(lab: &LabName) -> String {
         (format!("podway lab check{name}"), "reachability of everything by everything"),
         (format!("podway lab exec{name} NAMESPACE/POD -- COMMAND"), "a command inside a pod"),
         (
-            format!("export KUBECONFIG=$(podway lab kubeconfig{name} --path)"),
-            "then kubectl get pods -A -o wide",
+            format!("sudo kubectl --kubeconfig \"$(sudo podway lab kubeconfig{name} --path)\" get pods -A"),
+            "the objects",
         ),
         (format!("podway lab down {lab}"), "remove it"),
     ];
@@ -229,6 +235,7 @@ struct Status<'a> {
     #[serde(flatten)]
     seen: &'a Observation,
     faults: &'a [Fault],
+    paths: &'a [PathStatus],
 }
 
 fn status(args: &Show) -> anyhow::Result<u8> {
@@ -236,10 +243,14 @@ fn status(args: &Show) -> anyhow::Result<u8> {
     let seen = look(&lab)?;
     let settled = seen.is_settled();
     let faults = faults::list(&lab)?;
+    let paths = paths::notable(&lab, &seen.nodes, &faults);
     match args.format.output {
-        OutputFormat::Json => output::json(&Status { name: &lab, settled, seen: &seen, faults: &faults })?,
+        OutputFormat::Json => {
+            output::json(&Status { name: &lab, settled, seen: &seen, faults: &faults, paths: &paths })?;
+        }
         OutputFormat::Text => {
-            output::print(&format!("lab {lab}: {}\n{}", summary(&seen), describe(&seen, &faults)));
+            let text = describe(&seen, &faults, &paths);
+            output::print(&format!("lab {lab}: {}\n{text}", summary(&seen)));
             for line in waiting_for(&seen) {
                 output::print(&format!("  {line}\n"));
             }

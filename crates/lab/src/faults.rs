@@ -51,7 +51,7 @@ impl Fault {
         !self.down && self.mtu.is_none() && self.loss_ppm.is_none() && self.delay_micros.is_none()
     }
 
-    fn is_between(&self, a: &str, b: &str) -> bool {
+    pub(crate) fn is_between(&self, a: &str, b: &str) -> bool {
         (self.a == a && self.b == b) || (self.a == b && self.b == a)
     }
 

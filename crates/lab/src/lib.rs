@@ -15,7 +15,7 @@
 //! - [`topology`], [`cgroup`], [`state`]: the wire, the processes' places, the files.
 //! - [`supervisor`] and its runner: the process that is the lab.
 //! - [`standin`], [`pod_exec`], [`etc`]: what runs in pods, how it gets there, which files it sees.
-//! - [`observe`], [`history`], [`logs`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
+//! - [`observe`], [`paths`], [`history`], [`logs`], [`check`], [`exec`](mod@exec): looking at a lab and working in it.
 //! - [`roll`], [`readiness`], [`nodes`], [`faults`] with [`delay`]: what people do to running workloads,
 //!   nodes and links.
 //! - [`up`], [`down`](mod@down): making it and removing it without a trace.
@@ -38,6 +38,7 @@ pub mod logs;
 pub mod manifest;
 pub mod nodes;
 pub mod observe;
+pub mod paths;
 pub mod pod_exec;
 pub mod readiness;
 pub mod roll;

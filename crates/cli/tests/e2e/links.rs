@@ -192,3 +192,117 @@ fn packets_between_two_nodes_are_late_and_no_others() {
     assert_eq!(relays(&lab).len(), 1);
     assert!(least(&round_trips(&lab, "node-1", second, count)) >= 10.0);
 }
+
+/// `podway lab status -o json`.
+fn status(lab: &Lab) -> Value {
+    serde_json::from_slice(&lab.run(&["status", "-o", "json"]).stdout).unwrap()
+}
+
+/// What a node's agent sees of the path to another node, as status tells it; null while it has nothing to tell.
+fn path(lab: &Lab, from: &str, to: &str) -> Value {
+    let status = status(lab);
+    let paths = status["paths"].as_array().unwrap().iter();
+    paths.filter(|p| p["from"] == from && p["to"] == to).last().cloned().unwrap_or_default()
+}
+
+/// Path probes of a node to another one that were answered, and that were lost, as its metrics tell it.
+fn probes(lab: &Lab, from: &str, to: &str) -> [f64; 2] {
+    ["answered", "lost"].map(|result| {
+        lab.metric(from, &format!("podway_path_probes_total{{node=\"{to}\",result=\"{result}\"}}"))
+    })
+}
+
+#[test]
+fn partitions_losses_and_nodes_that_rejoin_show_in_status_and_metrics() {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::of("t_shown", PAIR, &["--nodes", "3"]);
+    let said = |args: &[&str]| {
+        let output = lab.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let silent = |from: &str, to: &str| lab.metric(from, &format!("podway_path_silent{{node=\"{to}\"}}"));
+    let all = ["node-1", "node-2", "node-3"];
+    let limit = Duration::from_secs(20);
+    let everybody_answers = || {
+        let pairs = all.iter().flat_map(|a| all.iter().map(move |b| (*a, *b)));
+        pairs.filter(|(a, b)| a != b).all(|(a, b)| silent(a, b) == 0.0)
+    };
+    wait_for("every agent to know every other", limit, everybody_answers);
+    let quiet = said(&["status"]);
+    assert!(!quiet.contains("FAULT") && !quiet.contains("AGENT SEES"), "{quiet}");
+    assert_eq!(status(&lab)["paths"], serde_json::json!([]));
+
+    // A partition: both ends see it, and nobody else sees anything.
+    said(&["link", "node-1", "node-2", "--down"]);
+    let took = wait_for("both to see the partition", limit, || {
+        silent("node-1", "node-2") == 1.0 && silent("node-2", "node-1") == 1.0
+    });
+    println!("partition seen after {took:?}");
+    for (from, to) in [("node-1", "node-3"), ("node-2", "node-3"), ("node-3", "node-1"), ("node-3", "node-2")]
+    {
+        assert_eq!(silent(from, to), 0.0, "{from} to {to}");
+    }
+    let shown = said(&["status"]);
+    for line in ["node-1 node-2   down", "node-1 -> node-2   silent", "node-2 -> node-1   silent"] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    assert!(!shown.contains("-> node-3") && !shown.contains("node-3 ->"), "{shown}");
+    let warned = said(&["logs", "node-1"]);
+    assert!(warned.contains("does not answer path probes"), "{warned}");
+
+    said(&["link", "node-1", "node-2", "--up"]);
+    let took = wait_for("both to see that it is over", limit, || {
+        silent("node-1", "node-2") == 0.0 && silent("node-2", "node-1") == 0.0
+    });
+    println!("healing seen after {took:?}");
+    assert!(!said(&["status"]).contains("AGENT SEES"));
+
+    // A lossy link: what is lost is counted at both ends, for this path alone.
+    let before = [probes(&lab, "node-1", "node-2"), probes(&lab, "node-2", "node-1")];
+    let others = probes(&lab, "node-1", "node-3");
+    said(&["link", "node-1", "node-2", "--loss", "30"]);
+    let since = || {
+        let now = [probes(&lab, "node-1", "node-2"), probes(&lab, "node-2", "node-1")];
+        [0, 1].map(|i| [now[i][0] - before[i][0], now[i][1] - before[i][1]])
+    };
+    // There and back, half of them are lost.
+    let took = wait_for("losses at both ends", Duration::from_secs(60), || {
+        since().iter().all(|[answered, lost]| *answered >= 4.0 && *lost >= 4.0)
+    });
+    println!("losses after {took:?}: {:?}", since());
+    let seen = path(&lab, "node-1", "node-2");
+    assert!(seen["probesLost"].as_f64().unwrap() >= before[0][1] + 4.0, "{seen}");
+    let shown = said(&["status"]);
+    assert!(shown.contains("node-1 node-2   30 % of packets are lost"), "{shown}");
+    assert!(shown.contains("node-2 -> node-1   ") && shown.contains("probes lost so far"), "{shown}");
+    let now = probes(&lab, "node-1", "node-3");
+    assert!(now[0] > others[0] && now[1] == others[1], "{others:?} {now:?}");
+
+    // A slow one.
+    said(&["link", "node-1", "node-2", "--delay", "30"]);
+    wait_for("the round trip to show", Duration::from_secs(60), || {
+        let rtt = lab.metric("node-1", "podway_path_rtt_seconds{node=\"node-2\"}");
+        (0.05..0.2).contains(&rtt) && path(&lab, "node-1", "node-2")["rttSeconds"].as_f64() > Some(0.05)
+    });
+    assert!(lab.metric("node-1", "podway_path_rtt_seconds{node=\"node-3\"}") < 0.02);
+    said(&["link", "node-1", "node-2", "--up"]);
+
+    // A node that goes away and comes back.
+    said(&["node", "stop", "node-3"]);
+    wait_for("the others to miss it", limit, || {
+        silent("node-1", "node-3") == 1.0 && silent("node-2", "node-3") == 1.0
+    });
+    let gone = lab.run(&["status"]);
+    assert_eq!(gone.status.code(), Some(1));
+    let gone = text(&gone);
+    assert!(gone.contains("nodes 2/3 ready") && gone.contains("stopped"), "{gone}");
+    assert!(!gone.contains("AGENT SEES"), "its row says it: {gone}");
+    said(&["node", "start", "node-3"]);
+    let took = wait_for("everybody to answer again", limit, everybody_answers);
+    println!("rejoined after {took:?}");
+    assert!(said(&["status"]).contains("nodes 3/3 ready"));
+    said(&["check"]);
+}
