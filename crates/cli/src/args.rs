@@ -98,7 +98,7 @@ pub(crate) enum Lab {
     /// no service.
     #[command(subcommand)]
     Outside(Outside),
-    /// Print the lab's kubeconfig, or its path: export KUBECONFIG=$(podway lab kubeconfig --path)
+    /// Print the lab's kubeconfig, or its path: sudo kubectl --kubeconfig "$(sudo podway lab kubeconfig --path)" get pods
     Kubeconfig(Kubeconfig),
     /// Check that every pod and node reaches every other, by ICMP and TCP, with its own source address
     ///
