@@ -46,6 +46,28 @@ impl Reporter {
         self.send(Severity::Normal, reason, key, message);
     }
 
+    /// Something about another object than this node.
+    pub fn about(
+        &self,
+        subject: Subject,
+        severity: Severity,
+        reason: &'static str,
+        key: &str,
+        message: &str,
+    ) {
+        let object = match &subject.namespace {
+            Some(namespace) => format!("{namespace}/{}", subject.name),
+            None => subject.name.clone(),
+        };
+        let kind = subject.kind.as_str();
+        match severity {
+            Severity::Warning => warn!(reason, kind, object, "{message}"),
+            Severity::Normal => info!(reason, kind, object, "{message}"),
+        }
+        let Some(writer) = self.writer.get() else { return };
+        writer.record(Event { subject, severity, reason, message: message.to_owned(), key: key.to_owned() });
+    }
+
     /// Events that were given up.
     #[must_use]
     pub fn lost(&self) -> u64 {

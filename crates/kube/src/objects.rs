@@ -38,6 +38,16 @@ pub async fn read(client: &Client, kind: Kind, namespace: &str, name: &str) -> R
     }
 }
 
+/// Reads all objects of a kind, in all namespaces, at once: for kinds of which there are few.
+///
+/// # Errors
+/// The same, and 404 ([`Error::code`]) when the server does not know the kind.
+pub async fn list(client: &Client, kind: Kind) -> Result<Vec<Value>, Error> {
+    let request = request("GET", path(kind, "", None, Part::Main), None);
+    let mut list = send(client, request, || format!("list {}", kind.plural)).await?;
+    Ok(list.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default())
+}
+
 /// Creates an object.
 ///
 /// # Errors

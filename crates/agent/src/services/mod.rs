@@ -1,0 +1,3 @@
+//! Services on this node.
+
+mod lb;
