@@ -234,6 +234,7 @@ pub enum UnderlayFamily {
 
 /// Options of a lab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct LabSpec {
     /// Name.
     pub name: LabName,

@@ -116,9 +116,21 @@ fn differences(known: &LabSpec, wanted: &LabSpec) -> anyhow::Result<String> {
     let fields = known.as_object().into_iter().flatten();
     let list: Vec<String> = fields
         .filter(|(name, value)| wanted[*name] != **value)
-        .map(|(name, value)| format!("{}: {value}, not {}", name.replace('_', "-"), wanted[name]))
+        .map(|(name, value)| format!("{}: {value}, not {}", option(name), wanted[name]))
         .collect();
     Ok(list.join("; "))
+}
+
+/// The option of a field: `--underlay-mtu` of `underlayMtu`.
+fn option(field: &str) -> String {
+    let mut out = String::from("--");
+    for c in field.chars() {
+        if c.is_ascii_uppercase() {
+            out.push('-');
+        }
+        out.push(c.to_ascii_lowercase());
+    }
+    out
 }
 
 fn start_supervisor(spec: &LabSpec, state: &StateDir) -> anyhow::Result<()> {
@@ -234,6 +246,18 @@ pub async fn wait(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_options_are_named_as_people_give_them() {
+        let known = serde_json::json!({
+            "name": "lab", "nodes": 3, "zones": 2, "mode": "vxlan", "family": "ipv4", "underlayFamily": "ipv4",
+            "underlayMtu": 1500, "podMtu": null, "vxlanPort": 8472, "vxlanVni": 1,
+        });
+        let known: LabSpec = serde_json::from_value(known).expect("options");
+        let wanted = LabSpec { nodes: 4, underlay_mtu: 9000, ..known.clone() };
+        let text = differences(&known, &wanted).expect("JSON");
+        assert_eq!(text, "--nodes: 3, not 4; --underlay-mtu: 1500, not 9000");
+    }
 
     #[test]
     fn nothing_to_load_is_a_mistake_of_the_command_line() {

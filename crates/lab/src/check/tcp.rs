@@ -89,8 +89,8 @@ mod tests {
         let body = |pod: &str, peer: &str| {
             format!(
                 "HTTP/1.1 200 OK\r\na: b\r\n\r\n{{\"pod\":\"{pod}\",\"namespace\":\"x\",\"node\":\"n\",\"container\":\"c\",\
-                 \"addresses\":[],\"address\":\"10.244.2.2\",\"port\":80,\"protocol\":\"TCP\",\"peer_address\":\"{peer}\",\
-                 \"peer_port\":1}}\n"
+                 \"addresses\":[],\"address\":\"10.244.2.2\",\"port\":80,\"protocol\":\"TCP\",\"peerAddress\":\"{peer}\",\
+                 \"peerPort\":1}}\n"
             )
         };
         let who = ("x".to_owned(), "web".to_owned());

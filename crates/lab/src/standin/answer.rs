@@ -24,6 +24,7 @@ pub struct Identity {
 
 /// One answer. The field names are what users of the lab script against.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Answer {
     /// Who answers.
     #[serde(flatten)]
