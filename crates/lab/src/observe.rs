@@ -55,6 +55,8 @@ pub struct PodStatus {
     pub ready: bool,
     /// Why not.
     pub reason: String,
+    /// It is being deleted.
+    pub ending: bool,
     /// No waiting will help: it has no node to go to, or fails again and again.
     pub stuck: bool,
     /// Restarts of all containers.
@@ -302,6 +304,7 @@ fn pod(object: &Value) -> PodStatus {
         phase,
         ready,
         reason,
+        ending,
         stuck,
         mtu: None,
         tcp_ports,

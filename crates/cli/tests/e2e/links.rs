@@ -201,8 +201,8 @@ fn status(lab: &Lab) -> Value {
 /// What a node's agent sees of the path to another node, as status tells it; null while it has nothing to tell.
 fn path(lab: &Lab, from: &str, to: &str) -> Value {
     let status = status(lab);
-    let paths = status["paths"].as_array().unwrap().iter();
-    paths.filter(|p| p["from"] == from && p["to"] == to).last().cloned().unwrap_or_default()
+    let mut paths = status["paths"].as_array().unwrap().iter();
+    paths.find(|p| p["from"] == from && p["to"] == to).cloned().unwrap_or_default()
 }
 
 /// Path probes of a node to another one that were answered, and that were lost, as its metrics tell it.

@@ -97,6 +97,9 @@ fn workloads_roll_and_readiness_is_switched() {
     let before = names();
     let rolled = lab.run(&["roll", "deploy/web", "-n", "shop"]);
     assert!(rolled.status.success(), "{}", text(&rolled));
+    // Old pods may still be in their grace period; they are no part of it.
+    let check = lab.run(&["check"]);
+    assert!(check.status.success(), "{}", text(&check));
     wait_for("the old pods to end", Duration::from_secs(10), || names().len() == 2);
     assert!(names().iter().all(|n| !before.contains(n)), "{before:?} {:?}", names());
     let nobody = lab.run(&["roll", "deploy/none", "-n", "shop"]);
@@ -117,7 +120,33 @@ fn workloads_roll_and_readiness_is_switched() {
     switch("on");
     wait_for("both endpoints", Duration::from_secs(5), || ready_endpoints(&lab) == 2);
     assert!(!lab.run(&["ready", "shop/none", "off"]).status.success());
+
+    let mut file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
+    std::io::Write::write_all(&mut file, STUBBORN.as_bytes()).unwrap();
+    let path = file.path().to_str().unwrap();
+    assert!(lab.run(&["apply", "-f", path]).status.success());
+    wait_for("the stubborn one to be ready", Duration::from_secs(10), || {
+        lab.run(&["status"]).status.success()
+    });
+    assert!(lab.run(&["delete", "-f", path]).status.success());
+    let check = lab.run(&["check"]);
+    let out = text(&check);
+    assert!(
+        check.status.success() && out.contains("not part of it: shop/stubborn is being deleted"),
+        "{out}"
+    );
 }
+
+/// A pod that takes its whole grace period.
+const STUBBORN: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata:
+  name: stubborn
+  namespace: shop
+  annotations: {lab.podway.dev/command.main: "trap '' TERM; while :; do sleep 1; done"}
+spec: {terminationGracePeriodSeconds: 20, containers: [{name: main, image: stubborn}]}
+"#;
 
 /// One pod that nothing is wrong with, one whose port nobody serves, one that never starts in the eyes of its
 /// startup probe, and one that decides by a file whether it is well.

@@ -20,7 +20,7 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::observe::Observation;
+use crate::observe::{NodeStatus, Observation, PodStatus};
 use crate::spec::LabName;
 use crate::standin::{self, Identity, Phase, Protocol, Shared};
 
@@ -117,8 +117,10 @@ pub struct Report {
     pub endpoints: Vec<Endpoint>,
     /// Cells by source, then target.
     pub cells: Vec<Cell>,
-    /// Pods that are not in the matrix, with the reason.
+    /// Pods and nodes that should be in the matrix but are not, with the reason.
     pub left_out: Vec<String>,
+    /// Pods that are being deleted: nobody expects them to answer.
+    pub ending: Vec<String>,
     /// How long it took, in milliseconds.
     pub millis: u64,
 }
@@ -138,7 +140,9 @@ impl Report {
 pub async fn check(lab: &LabName, observation: &Observation) -> anyhow::Result<Report> {
     let begun = Instant::now();
     raise_descriptor_limit();
-    let (all, mut left_out) = endpoints(lab, observation);
+    let (ending, pods): (Vec<_>, Vec<_>) = observation.pods.iter().partition(|p| p.ending);
+    let ending = ending.iter().map(|p| format!("{}/{}", p.namespace, p.name)).collect();
+    let (all, mut left_out) = endpoints(lab, &pods, &observation.nodes);
     let (mut endpoints, closed) = enterable(all);
     left_out.extend(closed);
     // Ends the listeners when it goes out of scope.
@@ -162,13 +166,13 @@ pub async fn check(lab: &LabName, observation: &Observation) -> anyhow::Result<R
     cells.sort_by_key(|c| (c.from, c.to, c.address));
     let endpoints = Arc::unwrap_or_clone(endpoints);
     let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    Ok(Report { endpoints, cells, left_out, millis })
+    Ok(Report { endpoints, cells, left_out, ending, millis })
 }
 
-fn endpoints(lab: &LabName, observation: &Observation) -> (Vec<Endpoint>, Vec<String>) {
+fn endpoints(lab: &LabName, pods: &[&PodStatus], nodes: &[NodeStatus]) -> (Vec<Endpoint>, Vec<String>) {
     let mut out = Vec::new();
     let mut left_out = Vec::new();
-    for pod in &observation.pods {
+    for pod in pods {
         let name = format!("{}/{}", pod.namespace, pod.name);
         // What has ended has no address any more.
         if matches!(&*pod.phase, "Succeeded" | "Failed") {
@@ -192,7 +196,7 @@ fn endpoints(lab: &LabName, observation: &Observation) -> (Vec<Endpoint>, Vec<St
             },
         });
     }
-    for node in &observation.nodes {
+    for node in nodes {
         if node.stopped {
             left_out.push(format!("{}: stopped", node.name));
             continue;
@@ -336,7 +340,7 @@ mod tests {
         let (open, left_out) = enterable(vec![endpoint]);
         assert!(open.is_empty());
         assert!(left_out[0].starts_with("strange: cannot be entered: "), "{left_out:?}");
-        let report = Report { endpoints: open, cells: Vec::new(), left_out, millis: 0 };
+        let report = Report { endpoints: open, cells: Vec::new(), left_out, ending: Vec::new(), millis: 0 };
         assert!(!report.is_ok());
     }
 }

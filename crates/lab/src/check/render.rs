@@ -32,6 +32,9 @@ pub fn render(report: &Report) -> String {
     for pod in &report.left_out {
         let _ = writeln!(out, "left out: {pod}");
     }
+    for pod in &report.ending {
+        let _ = writeln!(out, "not part of it: {pod} is being deleted");
+    }
     let good = report.cells.len() - failures.len();
     let (pods, nodes) = (
         report.endpoints.iter().filter(|e| !e.is_node).count(),
@@ -192,7 +195,13 @@ mod tests {
                 },
             })
             .collect();
-        Report { endpoints, cells, left_out: vec!["shop/x: not ready: y".into()], millis: 1500 }
+        Report {
+            endpoints,
+            cells,
+            left_out: vec!["shop/x: not ready: y".into()],
+            ending: vec!["shop/z".into()],
+            millis: 1500,
+        }
     }
 
     #[test]
@@ -206,6 +215,7 @@ mod tests {
             "  shop/web-1 -> shop/web-2 10.244.1.2 (same node): ICMP: silent",
             "  shop/web-2 -> shop/web-1 10.244.1.1 (same node): TCP: sender seen as 10.244.1.9 instead of 10.244.1.2",
             "left out: shop/x: not ready: y",
+            "not part of it: shop/z is being deleted",
             "4 of 6 paths between 2 pods and 1 nodes are good (ICMP, TCP, source address), in 1.5 s",
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} in\n{text}");
