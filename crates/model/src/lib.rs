@@ -3,12 +3,18 @@
 //! Objects come in as JSON, one by one, so that a malformed one costs itself and nothing else: it becomes a
 //! [`Rejection`] that names object, field and cause. No I/O, no clocks, no kernel.
 
+pub mod endpoint_slice;
+mod net;
 pub mod node;
 pub mod nodes;
 mod read;
+pub mod service;
 
+pub use endpoint_slice::EndpointSlice;
+pub use net::{Family, Protocol};
 pub use node::Node;
 pub use nodes::{NodeChange, Nodes};
+pub use service::Service;
 
 /// Why an object, or a part of it, is not used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::Rejection;
+use crate::{Rejection, net::Protocol};
 
 /// One object under inspection: makes [`Rejection`]s with its identity.
 pub(crate) struct Object<'a> {
@@ -42,6 +42,95 @@ impl<'a> Object<'a> {
             Some(other) => {
                 Err(self.reject(&dotted(pointer), &format!("is {}, not a list", type_name(other))))
             }
+        }
+    }
+
+    /// `metadata.namespace`, which objects of a namespace must have.
+    pub(crate) fn namespace(&self) -> Result<String, Rejection> {
+        match self.string("/metadata/namespace")? {
+            Some(namespace) if !namespace.is_empty() => Ok(namespace.to_owned()),
+            _ => Err(self.reject("metadata.namespace", "is missing; the object belongs to a namespace")),
+        }
+    }
+
+    /// One of `metadata.labels`.
+    pub(crate) fn label(&self, key: &str) -> Result<Option<&'a str>, Rejection> {
+        let labels = match self.value.pointer("/metadata/labels") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Object(labels)) => labels,
+            Some(other) => {
+                return Err(
+                    self.reject("metadata.labels", &format!("is {}, not an object", type_name(other)))
+                );
+            }
+        };
+        labels.get(key).map(|value| self.text(&format!("metadata.labels[{key}]"), value)).transpose()
+    }
+
+    /// A value that must be a string.
+    pub(crate) fn text(&self, field: &str, value: &'a Value) -> Result<&'a str, Rejection> {
+        value.as_str().ok_or_else(|| self.reject(field, &format!("is {}, not a string", type_name(value))))
+    }
+
+    /// A value that must be a boolean, if there is one.
+    pub(crate) fn boolean(&self, field: &str, value: Option<&Value>) -> Result<Option<bool>, Rejection> {
+        match value {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
+            Some(other) => Err(self.reject(field, &format!("is {}, not a boolean", type_name(other)))),
+        }
+    }
+
+    /// A value that must be a list, if there is one.
+    pub(crate) fn array_value(
+        &self,
+        field: &str,
+        value: Option<&'a Value>,
+    ) -> Result<&'a [Value], Rejection> {
+        match value {
+            None | Some(Value::Null) => Ok(&[]),
+            Some(Value::Array(items)) => Ok(items),
+            Some(other) => Err(self.reject(field, &format!("is {}, not a list", type_name(other)))),
+        }
+    }
+
+    /// An optional whole number at a JSON pointer.
+    pub(crate) fn number(&self, pointer: &str) -> Result<Option<i64>, Rejection> {
+        match self.value.pointer(pointer) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value.as_i64().map(Some).ok_or_else(|| {
+                self.reject(&dotted(pointer), &format!("is {}, not a whole number", type_name(value)))
+            }),
+        }
+    }
+
+    /// An optional port at a JSON pointer; 0 is none.
+    pub(crate) fn port(&self, pointer: &str) -> Result<Option<u16>, Rejection> {
+        self.port_value(&dotted(pointer), self.value.pointer(pointer))
+    }
+
+    /// A port, if there is one; 0 is none.
+    pub(crate) fn port_value(&self, field: &str, value: Option<&Value>) -> Result<Option<u16>, Rejection> {
+        match value {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_i64().map(u16::try_from) {
+                Some(Ok(0)) => Ok(None),
+                Some(Ok(port)) => Ok(Some(port)),
+                _ => Err(self.reject(field, &format!("{value} is not a port (1 to 65535)"))),
+            },
+        }
+    }
+
+    /// `protocol` of a port, TCP when absent.
+    pub(crate) fn protocol(&self, at: &str, port: &'a Value) -> Result<Protocol, Rejection> {
+        let field = format!("{at}.protocol");
+        match port.get("protocol") {
+            None | Some(Value::Null) => Ok(Protocol::Tcp),
+            Some(value) => match self.text(&field, value)? {
+                "" => Ok(Protocol::Tcp),
+                name => Protocol::from_name(name)
+                    .ok_or_else(|| self.reject(&field, &format!("{name:?} is none of TCP, UDP, SCTP"))),
+            },
         }
     }
 

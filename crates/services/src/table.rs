@@ -4,53 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-/// Transport protocol of a service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Protocol {
-    /// TCP, IP protocol 6.
-    Tcp,
-    /// UDP, IP protocol 17.
-    Udp,
-    /// SCTP, IP protocol 132.
-    Sctp,
-}
-
-impl Protocol {
-    /// The IP protocol number.
-    pub const fn number(self) -> u8 {
-        match self {
-            Protocol::Tcp => 6,
-            Protocol::Udp => 17,
-            Protocol::Sctp => 132,
-        }
-    }
-}
-
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Protocol::Tcp => "TCP",
-            Protocol::Udp => "UDP",
-            Protocol::Sctp => "SCTP",
-        })
-    }
-}
-
-/// IP family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl Family {
-    /// The family of an address.
-    pub const fn of(addr: &IpAddr) -> Self {
-        if addr.is_ipv4() { Family::V4 } else { Family::V6 }
-    }
-}
+pub use podway_model::{Family, Protocol};
 
 /// Where a frontend listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,6 +34,17 @@ pub struct FrontendKey {
     pub port: u16,
     /// Transport protocol.
     pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { addr, port, protocol } = self;
+        match addr {
+            FrontendAddr::Ip(IpAddr::V4(v4)) => write!(f, "{v4}:{port}/{protocol}"),
+            FrontendAddr::Ip(IpAddr::V6(v6)) => write!(f, "[{v6}]:{port}/{protocol}"),
+            FrontendAddr::Node(family) => write!(f, "the nodes' {family} addresses:{port}/{protocol}"),
+        }
+    }
 }
 
 /// Why a frontend exists.
@@ -171,8 +136,10 @@ pub struct Frontend {
     pub routes: [Route; 3],
     /// `sessionAffinity: ClientIP` with its timeout in seconds (1 to 86,400).
     pub affinity_s: Option<u32>,
-    /// `spec.loadBalancerSourceRanges`, for [`FrontendKind::LoadBalancer`] only: senders outside are dropped. The
-    /// node itself, and the load balancer's own address, are never outside.
+    /// Who may send, for [`FrontendKind::LoadBalancer`] only: pods and others outside are dropped. Complete: it is
+    /// `spec.loadBalancerSourceRanges` of the family, and the load balancer's own addresses when the node may send
+    /// (its packets may have them as their source). Whether the node itself may is in [`Frontend::routes`] already,
+    /// which drop when it may not; never look at the ranges for [`Origin::Node`].
     pub source_ranges: Option<Arc<[IpNet]>>,
 }
 
@@ -221,7 +188,7 @@ pub enum TableChange {
     Service(ServiceId, ServiceMeta),
     /// A service port is gone; its frontends and sets went before.
     ServiceGone(ServiceId),
-    /// The backends of a set, complete and sorted by (address, port); `None` when the set is no longer used.
+    /// The backends of a set, complete, sorted by (address, port), never empty; `None` when it is empty or unused.
     Set(SetId, Option<Arc<[Backend]>>),
     /// A frontend appeared or changed.
     Frontend(FrontendKey, Frontend),
@@ -247,8 +214,11 @@ pub struct NodeView {
     pub node_port_addresses: Vec<IpAddr>,
     /// Where pods have their addresses: senders in there are [`Origin::Pod`].
     pub pod_cidrs: Vec<IpNet>,
-    /// Ranges of cluster IPs, when known: addresses in there that no service has are rejected.
+    /// Ranges of cluster IPs, when known: packets to addresses in there that no service has are dropped.
     pub service_cidrs: Vec<IpNet>,
+    /// Ranges of load balancer addresses that are given out here: like cluster IPs, they belong to services alone
+    /// ([`TableChange::Vip`]).
+    pub load_balancer_pools: Vec<IpNet>,
     /// Whether everything that reaches a cluster IP is masqueraded.
     pub masquerade_all: bool,
 }

@@ -1,0 +1,273 @@
+//! An EndpointSlice: some of the endpoints of a Service (KEP-752).
+
+use std::{net::IpAddr, sync::Arc};
+
+use serde_json::Value;
+
+use crate::{
+    Rejection,
+    net::{Family, Protocol, address},
+    read::{Object, type_name},
+};
+
+/// Label that names the Service of a slice.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+/// `addressType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressType {
+    /// Addresses of one family.
+    Ip(Family),
+    /// Names, which a proxy has no use for.
+    Fqdn,
+}
+
+/// One of `ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// Name; empty when it has none.
+    pub name: Arc<str>,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Number.
+    pub port: u16,
+}
+
+/// Where an endpoint should be used from (KEP-2433, KEP-3015).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// `hints.forZones[].name`.
+    pub zones: Box<[Arc<str>]>,
+    /// `hints.forNodes[].name`.
+    pub nodes: Box<[Arc<str>]>,
+}
+
+/// One of `endpoints`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// `addresses[0]`: the only one, as there is one per endpoint and family.
+    pub addr: IpAddr,
+    /// `conditions.ready`, absent meaning ready (unless `serving` is false).
+    pub ready: bool,
+    /// `conditions.serving`, absent meaning what `ready` says.
+    pub serving: bool,
+    /// `conditions.terminating`.
+    pub terminating: bool,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `zone`.
+    pub zone: Option<Arc<str>>,
+    /// `hints`, when there are any.
+    pub hints: Option<Box<Hints>>,
+    /// `targetRef.name` of a Pod.
+    pub pod: Option<Box<str>>,
+}
+
+impl Endpoint {
+    /// `hints.forZones[].name`; empty when there are none.
+    pub fn zone_hints(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
+
+    /// `hints.forNodes[].name`; empty when there are none.
+    pub fn node_hints(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
+}
+
+/// What the service proxy needs of an EndpointSlice object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+    /// The Service it is of ([`SERVICE_NAME_LABEL`]); `None` when it is of none.
+    pub service: Option<String>,
+    /// `addressType`.
+    pub address_type: AddressType,
+    /// `endpoints` with a valid address.
+    pub endpoints: Vec<Endpoint>,
+    /// `ports` with a number (one without means every port, which is for headless Services only).
+    pub ports: Vec<EndpointPort>,
+    /// Entries of lists that are malformed and left out.
+    pub refused: Vec<Rejection>,
+}
+
+impl EndpointSlice {
+    /// Reads an EndpointSlice object. Without `addressType`, the first endpoint's address says which.
+    ///
+    /// An endpoint or a port that is malformed is left out and recorded in [`EndpointSlice::refused`].
+    ///
+    /// # Errors
+    /// The first other field that is malformed.
+    pub fn parse(value: &Value) -> Result<Self, Rejection> {
+        let object = Object::new("EndpointSlice", value);
+        let name = object.name()?;
+        let namespace = object.namespace()?;
+        let service = object.label(SERVICE_NAME_LABEL)?.filter(|s| !s.is_empty()).map(str::to_owned);
+        let listed = object.array("/endpoints")?;
+        let address_type = address_type(&object, listed)?;
+        let mut reader = Reader { object, names: Vec::new(), refused: Vec::new() };
+        let endpoints = match address_type {
+            AddressType::Ip(family) => reader.endpoints(listed, family),
+            AddressType::Fqdn => Vec::new(),
+        };
+        let ports = reader.ports()?;
+        Ok(Self { namespace, name, service, address_type, endpoints, ports, refused: reader.refused })
+    }
+}
+
+fn address_type(object: &Object<'_>, endpoints: &[Value]) -> Result<AddressType, Rejection> {
+    match object.string("/addressType")? {
+        Some("IPv4") => Ok(AddressType::Ip(Family::V4)),
+        Some("IPv6") => Ok(AddressType::Ip(Family::V6)),
+        Some("FQDN") => Ok(AddressType::Fqdn),
+        None | Some("") => {
+            let first = endpoints.first().and_then(|e| e.pointer("/addresses/0")).and_then(Value::as_str);
+            Ok(AddressType::Ip(first.and_then(address).map_or(Family::V4, |ip| Family::of(&ip))))
+        }
+        Some(other) => Err(object.reject("addressType", &format!("{other:?} is none of IPv4, IPv6, FQDN"))),
+    }
+}
+
+struct Reader<'a> {
+    object: Object<'a>,
+    /// Names of nodes and zones seen, to be shared: many endpoints have few of them.
+    names: Vec<Arc<str>>,
+    refused: Vec<Rejection>,
+}
+
+impl<'a> Reader<'a> {
+    fn endpoints(&mut self, listed: &'a [Value], family: Family) -> Vec<Endpoint> {
+        let mut endpoints = Vec::with_capacity(listed.len());
+        for (i, entry) in listed.iter().enumerate() {
+            match self.endpoint(&format!("endpoints[{i}]"), entry, family) {
+                Ok(endpoint) => endpoints.extend(endpoint),
+                Err(rejection) => self.refused.push(rejection),
+            }
+        }
+        endpoints
+    }
+
+    /// `None` for an endpoint without an address: nothing can be sent there.
+    fn endpoint(
+        &mut self,
+        at: &str,
+        entry: &'a Value,
+        family: Family,
+    ) -> Result<Option<Endpoint>, Rejection> {
+        let object = &self.object;
+        if !entry.is_object() {
+            return Err(object.reject(at, &format!("is {}, not an object", type_name(entry))));
+        }
+        let Some(first) = object.array_value(&format!("{at}.addresses"), entry.get("addresses"))?.first()
+        else {
+            return Ok(None);
+        };
+        let field = format!("{at}.addresses[0]");
+        let text = object.text(&field, first)?;
+        let addr =
+            address(text).ok_or_else(|| object.reject(&field, &format!("{text:?} is not an IP address")))?;
+        if Family::of(&addr) != family {
+            return Err(object.reject(&field, &format!("{addr} is not {family}, which addressType says")));
+        }
+        if !may_be_endpoint(&addr) {
+            let cause = format!("{addr} cannot be an endpoint: it would mean the node itself or its link");
+            return Err(object.reject(&field, &cause));
+        }
+        let condition = |name: &str| {
+            let value = entry.pointer(&format!("/conditions/{name}"));
+            object.boolean(&format!("{at}.conditions.{name}"), value)
+        };
+        let (ready, serving) = (condition("ready")?, condition("serving")?);
+        let terminating = condition("terminating")?.unwrap_or(false);
+        let text = |pointer: &str| {
+            let value = entry.pointer(pointer).filter(|v| !v.is_null());
+            let field = || format!("{at}.{}", pointer.trim_start_matches('/').replace('/', "."));
+            value.map(|v| object.text(&field(), v)).transpose().map(|t| t.filter(|t| !t.is_empty()))
+        };
+        let (node, zone) = (text("/nodeName")?, text("/zone")?);
+        let pod = match text("/targetRef/kind")? {
+            Some("Pod") => text("/targetRef/name")?.map(Box::from),
+            _ => None,
+        };
+        let hints = self.hints(at, entry)?;
+        Ok(Some(Endpoint {
+            addr,
+            // Unknown is ready, but nobody can be ready without serving.
+            ready: ready.unwrap_or(serving != Some(false)),
+            serving: serving.unwrap_or(ready != Some(false)),
+            terminating,
+            node: node.map(|name| self.shared(name)),
+            zone: zone.map(|name| self.shared(name)),
+            hints,
+            pod,
+        }))
+    }
+
+    fn hints(&mut self, at: &str, entry: &'a Value) -> Result<Option<Box<Hints>>, Rejection> {
+        let mut names = |key: &str| {
+            let at = format!("{at}.hints.{key}");
+            let listed = self.object.array_value(&at, entry.pointer(&format!("/hints/{key}")))?;
+            let mut names = Vec::with_capacity(listed.len());
+            for (i, item) in listed.iter().enumerate() {
+                let field = format!("{at}[{i}].name");
+                let name = item.get("name").unwrap_or(&Value::Null);
+                names.push(self.object.text(&field, name)?);
+            }
+            Ok(names.into_iter().map(|name| shared(&mut self.names, name)).collect())
+        };
+        let hints = Hints { zones: names("forZones")?, nodes: names("forNodes")? };
+        Ok((hints != Hints::default()).then(|| Box::new(hints)))
+    }
+
+    fn ports(&mut self) -> Result<Vec<EndpointPort>, Rejection> {
+        let mut ports = Vec::new();
+        for (i, entry) in self.object.array("/ports")?.iter().enumerate() {
+            match self.port(&format!("ports[{i}]"), entry) {
+                Ok(port) => ports.extend(port),
+                Err(rejection) => self.refused.push(rejection),
+            }
+        }
+        Ok(ports)
+    }
+
+    fn port(&mut self, at: &str, entry: &'a Value) -> Result<Option<EndpointPort>, Rejection> {
+        if !entry.is_object() {
+            return Err(self.object.reject(at, &format!("is {}, not an object", type_name(entry))));
+        }
+        let protocol = self.object.protocol(at, entry)?;
+        let Some(port) = self.object.port_value(&format!("{at}.port"), entry.get("port"))? else {
+            return Ok(None);
+        };
+        let name = match entry.get("name") {
+            None | Some(Value::Null) => "",
+            Some(name) => self.object.text(&format!("{at}.name"), name)?,
+        };
+        Ok(Some(EndpointPort { name: name.into(), protocol, port }))
+    }
+
+    fn shared(&mut self, name: &str) -> Arc<str> {
+        shared(&mut self.names, name)
+    }
+}
+
+fn shared(names: &mut Vec<Arc<str>>, name: &str) -> Arc<str> {
+    // The last ones are the likeliest, and a slice of a thousand nodes must not cost a million comparisons.
+    if let Some(known) = names.iter().rev().take(16).find(|known| &***known == name) {
+        return Arc::clone(known);
+    }
+    let new: Arc<str> = name.into();
+    names.push(Arc::clone(&new));
+    new
+}
+
+/// What the API refuses as an endpoint, too: addresses that mean something else on every node.
+fn may_be_endpoint(addr: &IpAddr) -> bool {
+    let link_local = match addr {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !(link_local || addr.is_unspecified() || addr.is_loopback() || addr.is_multicast())
+}
