@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::environment::{Operation, check_container_id, check_ifname};
 use crate::error::{CniError, code};
 use crate::result::Dns;
+use crate::runtime_config::{RuntimeConfig, check_capabilities};
 use crate::version::Version;
 
 /// The agent's socket when the configuration names none.
@@ -42,6 +43,8 @@ pub struct NetConf {
     pub dns: Dns,
     /// `prevResult`: what the plugins before us in the chain made, or for CHECK and DEL what ADD gave.
     pub prev_result: Option<Map<String, Value>>,
+    /// `runtimeConfig`: what the runtime asks for by capability; empty for DEL and GC.
+    pub runtime: RuntimeConfig,
     /// `cni.dev/valid-attachments`, for GC.
     pub valid_attachments: Option<Vec<Attachment>>,
 }
@@ -57,8 +60,10 @@ impl NetConf {
         let object = decode_object(input)?;
         let version = version_of(&object, operation)?;
         // A container must be removable whatever the configuration has become since.
+        let mut runtime = RuntimeConfig::default();
         if !matches!(operation, Operation::Del | Operation::Gc) {
             check_fields(&object)?;
+            runtime = RuntimeConfig::parse(object.get("runtimeConfig"))?;
         }
         let name = match object.get("name") {
             Some(Value::String(name)) => name,
@@ -96,7 +101,7 @@ impl NetConf {
         if operation == Operation::Gc && valid_attachments.is_none() {
             return Err(missing("cni.dev/valid-attachments", operation));
         }
-        Ok(Self { version, name: name.clone(), socket, dns, prev_result, valid_attachments })
+        Ok(Self { version, name: name.clone(), socket, dns, prev_result, runtime, valid_attachments })
     }
 
     /// The addresses that the previous result gives to an interface of the container. An address that names
@@ -195,7 +200,7 @@ fn check_fields(object: &Map<String, Value>) -> Result<(), CniError> {
     };
     for (key, value) in object {
         match key.as_str() {
-            "cniVersion" | "name" | "type" | "socket" | "dns" | "prevResult" | "args" => {}
+            "cniVersion" | "name" | "type" | "socket" | "dns" | "prevResult" | "args" | "runtimeConfig" => {}
             // Keys of a domain belong to whoever owns it; the specification's own are in cni.dev.
             key if key.contains('/') => {}
             "ipam" if is_nothing(value) => {}
@@ -206,17 +211,13 @@ fn check_fields(object: &Map<String, Value>) -> Result<(), CniError> {
             "ipMasq" => {
                 return unsupported(key, value, "masquerading is a setting of the agent; remove the field");
             }
-            "capabilities" | "runtimeConfig" if is_nothing(value) => {}
-            "capabilities" | "runtimeConfig" => {
-                let remedy =
-                    "this plugin has no capabilities; declare them at the plugin in the chain that has them";
-                return unsupported(key, value, remedy);
-            }
+            "capabilities" if is_nothing(value) => {}
+            "capabilities" => check_capabilities(value)?,
             _ => {
                 return unsupported(
                     key,
                     value,
-                    "known fields are cniVersion, name, type, socket, dns and args",
+                    "known fields are cniVersion, name, type, socket, dns, args, capabilities and runtimeConfig",
                 );
             }
         }
@@ -225,7 +226,7 @@ fn check_fields(object: &Map<String, Value>) -> Result<(), CniError> {
 }
 
 /// True for a value that asks for nothing: null, false, or an object with only such values.
-fn is_nothing(value: &Value) -> bool {
+pub(crate) fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Object(object) => object.values().all(is_nothing),
@@ -252,7 +253,7 @@ fn attachments(value: &Value) -> Result<Vec<Attachment>, CniError> {
     list.iter().enumerate().map(one).collect()
 }
 
-fn wrong(field: &str, value: &Value, rule: &str) -> CniError {
+pub(crate) fn wrong(field: &str, value: &Value, rule: &str) -> CniError {
     let mut text = value.to_string();
     if text.len() > 200 {
         let end = (0..=200).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);

@@ -9,7 +9,7 @@
 //! command-line parser, no netlink.
 //!
 //! - [`plugin`]: the program.
-//! - [`config`], [`environment`]: what the runtime says, checked.
+//! - [`config`], [`runtime_config`], [`environment`]: what the runtime says, checked.
 //! - [`result`](mod@result), [`error`]: what the runtime is told, for each version.
 //! - [`protocol`]: the agent's socket, both sides.
 
@@ -19,10 +19,12 @@ pub mod error;
 pub mod plugin;
 pub mod protocol;
 pub mod result;
+pub mod runtime_config;
 pub mod version;
 
 pub use config::NetConf;
 pub use environment::Args;
 pub use error::{CniError, code};
 pub use result::{AddResult, Dns, Interface, IpConfig, Route};
+pub use runtime_config::{Bandwidth, Limit, PortMapping, Protocol, RuntimeConfig};
 pub use version::Version;

@@ -87,7 +87,9 @@ fn perform(environment: &Environment, config: &NetConf) -> Result<Option<Value>,
             // A previous result that cannot be merged is found before anything is made.
             crate::AddResult::default().to_json(config)?;
             let netns = open_netns(&netns_path, code::INVALID_ENVIRONMENT)?;
-            (Command::Add(AddRequest { container_id, ifname, netns_path, args, network }), Some(netns))
+            let runtime = config.runtime.clone();
+            let add = AddRequest { container_id, ifname, netns_path, args, network, runtime };
+            (Command::Add(add), Some(netns))
         }
         Operation::Check => {
             let addresses = config.previous_addresses(&ifname)?;

@@ -26,9 +26,10 @@ use crate::config::Attachment;
 use crate::environment::Args;
 use crate::error::{CniError, code};
 use crate::result::AddResult;
+use crate::runtime_config::RuntimeConfig;
 
 /// Version of this protocol.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Largest frame, in bytes.
 pub const FRAME_MAX: usize = 1 << 20;
 /// How long either side waits for the other to send or take a frame that it has begun.
@@ -75,6 +76,9 @@ pub struct AddRequest {
     pub args: Args,
     /// Name of the network. GC is about one network.
     pub network: String,
+    /// `runtimeConfig`, checked.
+    #[serde(default)]
+    pub runtime: RuntimeConfig,
 }
 
 /// Detach a container. It must succeed when there is nothing to detach.

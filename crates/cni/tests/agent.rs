@@ -47,7 +47,8 @@ impl Handler for Agent {
         let pod = (request.args.pod_namespace(), request.args.pod_name());
         let AddRequest { container_id, ifname, netns_path, network, .. } = &request;
         let call = format!("ADD {network} {container_id} {ifname} {pod:?} {} {netns_path}", inode(&netns));
-        self.record(call)?;
+        let runtime = json!(request.runtime);
+        self.record(if request.runtime.is_empty() { call } else { format!("{call} {runtime}") })?;
         Ok(result())
     }
 
@@ -190,6 +191,23 @@ fn skipped(netns: Option<(String, u64)>) -> Option<(String, u64)> {
         println!("skipped: needs root");
     }
     netns
+}
+
+#[test]
+fn add_hands_over_what_the_runtime_asks_for() {
+    let setup = Setup::new(Agent::default()).unwrap();
+    let Some((netns, _)) = skipped(setup.netns()) else { return };
+    let runtime = json!({
+        "portMappings": [{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "" }],
+        "bandwidth": { "ingressRate": 1000, "ingressBurst": 2000, "egressRate": 0, "egressBurst": 0 },
+    });
+    let capabilities = json!({ "portMappings": true, "bandwidth": true });
+    let config = json!({ "cniVersion": "1.0.0", "capabilities": capabilities, "runtimeConfig": runtime });
+    let (output, success) = setup.call("ADD", &netns, config);
+    assert!(success, "{output:?}");
+    let call = setup.calls().remove(0);
+    let wanted = r#"{"bandwidth":{"ingress":{"burst":2000,"rate":1000}},"portMappings":[{"containerPort":80,"hostPort":8080,"protocol":"tcp"}]}"#;
+    assert!(call.ends_with(wanted), "{call}");
 }
 
 #[test]
@@ -405,13 +423,13 @@ fn the_agents_side_survives_what_is_no_request() {
         ("half a body", frame("{}")[..5].to_vec(), None),
         ("no JSON", frame("hello"), decode),
         ("not a request", frame("{}"), decode),
-        ("unknown command", frame(r#"{"version":1,"command":{"reboot":{}}}"#), decode),
+        ("unknown command", frame(r#"{"version":2,"command":{"reboot":{}}}"#), decode),
         ("a length of 1 MiB and a byte", too_long.to_vec(), decode),
         ("4 GiB announced", vec![0xff; 4], decode),
         ("deep", frame(&"[".repeat(100_000)), decode),
         (
             "an ADD without the namespace",
-            frame(&json!({ "version": 1, "command": { "add": add } }).to_string()),
+            frame(&json!({ "version": PROTOCOL_VERSION, "command": { "add": add } }).to_string()),
             Some(5),
         ),
         (
@@ -426,7 +444,8 @@ fn the_agents_side_survives_what_is_no_request() {
         assert_eq!(served.is_err(), code.is_none(), "{case}");
         assert_eq!(calls, Vec::<String>::new(), "{case}: nothing was done");
     }
-    let (served, answered, calls) = send(&frame(r#"{"version":1,"command":"status"}"#));
+    let (served, answered, calls) =
+        send(&frame(&json!({ "version": PROTOCOL_VERSION, "command": "status" }).to_string()));
     assert!(served.is_ok() && answered.is_none());
     assert_eq!(calls, ["STATUS"]);
 }

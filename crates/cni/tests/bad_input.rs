@@ -266,9 +266,9 @@ fn fields_are_checked_and_named() {
         (
             "ADD",
             "capabilities",
-            json!({ "portMappings": true }),
+            json!({ "portMappings": true, "mac": true }),
             code::UNSUPPORTED_FIELD,
-            &["portMappings", "chain"],
+            &["capabilities.mac", "portMappings and bandwidth", "chain"],
         ),
         (
             "ADD",
@@ -276,6 +276,13 @@ fn fields_are_checked_and_named() {
             json!({ "mac": "00:11:22:33:44:55" }),
             code::UNSUPPORTED_FIELD,
             &["00:11:22:33:44:55"],
+        ),
+        (
+            "ADD",
+            "runtimeConfig",
+            json!({ "portMappings": [{ "hostPort": 0, "containerPort": 80 }] }),
+            code::INVALID_CONFIG,
+            &["runtimeConfig.portMappings[0].hostPort", "1 to 65535"],
         ),
     ];
     for (command, field, value, code, words) in cases {
@@ -292,7 +299,7 @@ fn what_asks_for_nothing_is_let_through() {
     let fields = [
         ("ipam", json!({})),
         ("ipMasq", json!(false)),
-        ("capabilities", json!({ "portMappings": false })),
+        ("capabilities", json!({ "portMappings": true, "bandwidth": true, "ips": false })),
         ("runtimeConfig", json!({ "portMappings": [] })),
         ("example.org/note", json!("anything")),
         ("args", json!({ "labels": [] })),
