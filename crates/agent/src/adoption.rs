@@ -143,7 +143,7 @@ mod tests {
     }
 
     fn lease(n: u32, address: u32) -> Lease {
-        let owner = Owner { pod: Some(format!("ns/p{n}")), network: None };
+        let owner = Owner { pod: Some(format!("ns/p{n}")), ..Owner::default() };
         Lease { id: id(n), addresses: vec![addr(address)], owner, at: 5 }
     }
 

@@ -12,9 +12,10 @@ use podway_link::{Netlink, ROUTE_PROTOCOL, RouteFilter};
 
 use crate::config::{GATEWAY_V4, TUNNEL_DEVICE};
 use crate::ids::Instance;
-use crate::masquerade;
 use crate::network::pod_link;
+use crate::nft::{self, NftError};
 use crate::run_dir::{self, RunDirError};
+use crate::{host_ports, masquerade};
 
 /// What was done.
 #[derive(Debug, Default)]
@@ -64,10 +65,12 @@ pub fn cleanup(instance: &Instance, force: bool) -> Result<CleanupReport, Cleanu
         None
     };
     kernel(&mut report);
-    match masquerade::remove() {
-        Ok(true) => report.done(format_args!("nftables table inet {}", masquerade::TABLE)),
-        Ok(false) | Err(masquerade::MasqueradeError::NoNft(_)) => {}
-        Err(error) => report.failed("nftables", error),
+    for table in [masquerade::TABLE, host_ports::TABLE] {
+        match nft::remove(table) {
+            Ok(true) => report.done(format_args!("nftables table inet {table}")),
+            Ok(false) | Err(NftError::Missing(_)) => {}
+            Err(error) => report.failed("nftables", error),
+        }
     }
     let pin_dir = instance.pin_dir();
     if pin_dir.exists() {

@@ -31,6 +31,7 @@ use crate::metrics::Metrics;
 use crate::monitor::Interest;
 use crate::mtu_proof::{MtuProof, Wanted};
 use crate::network::{Local, Network};
+use crate::nft::NftError;
 use crate::nodes::{self, OwnNode, View};
 use crate::remembered;
 use crate::repair::Repair;
@@ -52,8 +53,9 @@ const WATCH_THOROUGH: Duration = Duration::from_secs(10);
 const TOLD_REPAIRS: usize = 8;
 /// How often attachments are compared with the kernel.
 const AUDIT_PODS: Duration = Duration::from_secs(30);
-/// How often the masquerade rules are compared with the kernel.
-const AUDIT_RULES: Duration = Duration::from_secs(60);
+/// How often masquerade rules and host ports are compared with the kernel. With the time until somebody looks at
+/// the clock, they are right again within 10 s.
+const AUDIT_RULES: Duration = Duration::from_secs(6);
 /// How often an MTU that hurts is reported anew.
 const REPEAT_WARNING: Duration = Duration::from_secs(60);
 
@@ -226,6 +228,9 @@ impl Control {
         }
         self.watched = Some(Instant::now());
         self.watch_pins();
+        if self.audited_rules.elapsed() >= AUDIT_RULES {
+            self.audit_rules();
+        }
         // Without knowing the node's own addresses, the routes to its pods are not known either.
         if self.local.is_none() {
             return true;
@@ -385,9 +390,6 @@ impl Control {
         self.show(view.as_ref());
         if self.audited_pods.elapsed() >= AUDIT_PODS {
             self.audit_pods();
-        }
-        if self.audited_rules.elapsed() >= AUDIT_RULES {
-            self.audit_rules();
         }
         self.parts.status.update(|s| s.turned = Instant::now());
     }
@@ -589,6 +591,9 @@ impl Control {
         }
         self.unreachable = view.unreachable.clone();
         self.masquerade_part(view);
+        if let Err(error) = self.parts.attacher.set_inside(&view.inside) {
+            warn!(%error, "host ports do not know the cluster's addresses; trying again");
+        }
         self.prove(view, local);
         if self.remembered.as_ref() != Some(&view.own) {
             match remembered::save(&self.run_dir, &view.own) {
@@ -609,7 +614,7 @@ impl Control {
         } else {
             // Without nft there can be no rules of ours either.
             match crate::masquerade::remove() {
-                Err(crate::masquerade::MasqueradeError::NoNft(_)) => Ok(false),
+                Err(NftError::Missing(_)) => Ok(false),
                 other => other,
             }
         };
@@ -623,7 +628,11 @@ impl Control {
                 self.parts.status.set("masquerade", true, text);
             }
             Err(error) => {
-                if self.parts.status.set("masquerade", false, error.to_string()) {
+                let hint = match &error {
+                    NftError::Missing(_) => ", or switch masquerading off with --masquerade=false",
+                    NftError::Refused(_) => "",
+                };
+                if self.parts.status.set("masquerade", false, format!("{error}{hint}")) {
                     warn!(%error, "pods reach nothing outside of the cluster that does not know their addresses");
                 }
             }
@@ -736,11 +745,18 @@ impl Control {
         match self.masquerade.audit() {
             Ok(false) => {}
             Ok(true) => {
-                self.parts.metrics.masquerade_repaired();
                 self.parts.metrics.repaired("masquerade");
                 warn!("somebody else changed the table inet podway; it is as it was");
             }
             Err(error) => warn!(%error, "cannot look at the masquerade rules"),
+        }
+        match self.parts.attacher.audit_ports() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.parts.metrics.repaired("host_ports");
+                warn!("somebody else changed the table inet podway_ports; it is as it was");
+            }
+            Err(error) => warn!(%error, "cannot look at the host ports"),
         }
     }
 }

@@ -12,8 +12,10 @@
 //! | `add.host` | the host side is configured |
 //! | `add.pod` | the pod side is configured |
 //! | `add.endpoint` | the pod is in the datapath's tables |
+//! | `add.ports` | its host ports are open |
 //! | `add.done` | all is done, the answer is not sent |
 //! | `del.begin` | a DEL was read, nothing is done |
+//! | `del.ports` | its host ports are closed |
 //! | `del.endpoint` | the pod is out of the datapath's tables |
 //! | `del.marked` | its link is marked as gone |
 //! | `del.released` | its addresses rest |
@@ -26,7 +28,7 @@ use std::sync::OnceLock;
 pub const VARIABLE: &str = "PODWAY_CRASH_AT";
 
 /// Every step, in the order of [`point`] calls.
-pub const STEPS: [&str; 14] = [
+pub const STEPS: [&str; 16] = [
     "add.begin",
     "add.leased",
     "add.link",
@@ -34,8 +36,10 @@ pub const STEPS: [&str; 14] = [
     "add.host",
     "add.pod",
     "add.endpoint",
+    "add.ports",
     "add.done",
     "del.begin",
+    "del.ports",
     "del.endpoint",
     "del.marked",
     "del.released",

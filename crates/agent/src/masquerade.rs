@@ -4,24 +4,13 @@
 //! connections that are translated already. Other tables are never read or written.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
-use std::process::{Command, Stdio};
 
 use ipnet::IpNet;
 
+use crate::nft::{self, NftError};
+
 /// The table's name; `inet` holds both families.
 pub const TABLE: &str = "podway";
-
-/// Why the rules are not as they should be.
-#[derive(Debug, thiserror::Error)]
-pub enum MasqueradeError {
-    /// There is no `nft` program.
-    #[error("cannot run nft: {0}; install nftables, or switch off with --masquerade=false")]
-    NoNft(io::Error),
-    /// `nft` refused.
-    #[error("nft refused the rules: {0}")]
-    Refused(String),
-}
 
 /// What is to be translated.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -36,11 +25,11 @@ impl Rules {
     /// The transaction that makes the table hold these rules and nothing else.
     #[must_use]
     pub fn transaction(&self) -> String {
-        let mut text = delete_transaction();
+        let mut text = nft::deletion(TABLE);
         let _ = writeln!(text, "table inet {TABLE} {{");
-        for (family, kind, v6) in [("4", "ipv4_addr", false), ("6", "ipv6_addr", true)] {
-            set(&mut text, &format!("pods{family}"), kind, &self.from, v6);
-            set(&mut text, &format!("inside{family}"), kind, &self.not_to, v6);
+        for (family, v6) in [("4", false), ("6", true)] {
+            nft::prefix_set(&mut text, &format!("pods{family}"), &self.from, v6);
+            nft::prefix_set(&mut text, &format!("inside{family}"), &self.not_to, v6);
         }
         text.push_str(
             "\tchain postrouting {\n\
@@ -52,25 +41,6 @@ impl Rules {
         );
         text
     }
-}
-
-/// Deletes the table; the first line makes sure that there is one, so that this never fails.
-fn delete_transaction() -> String {
-    format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")
-}
-
-fn set(text: &mut String, name: &str, kind: &str, prefixes: &[IpNet], v6: bool) {
-    let _ = writeln!(text, "\tset {name} {{\n\t\ttype {kind}\n\t\tflags interval");
-    let mine: Vec<IpNet> =
-        prefixes.iter().filter(|p| matches!(p, IpNet::V6(_)) == v6).map(IpNet::trunc).collect();
-    // Interval sets refuse overlapping elements.
-    let mut merged = IpNet::aggregate(&mine);
-    merged.sort();
-    if !merged.is_empty() {
-        let elements: Vec<String> = merged.iter().map(ToString::to_string).collect();
-        let _ = writeln!(text, "\t\telements = {{ {} }}", elements.join(", "));
-    }
-    text.push_str("\t}\n");
 }
 
 /// The driver. Works in the network namespace of the thread that calls it.
@@ -87,11 +57,11 @@ impl Masquerade {
     ///
     /// # Errors
     /// nft is missing or refuses. The table is then as it was.
-    pub fn apply(&mut self, rules: &Rules) -> Result<bool, MasqueradeError> {
+    pub fn apply(&mut self, rules: &Rules) -> Result<bool, NftError> {
         if self.applied.as_ref() == Some(rules) {
             return Ok(false);
         }
-        nft(&["-f", "-"], &rules.transaction())?;
+        nft::transaction(&rules.transaction())?;
         self.applied = Some(rules.clone());
         self.shown = list()?;
         Ok(true)
@@ -102,7 +72,7 @@ impl Masquerade {
     ///
     /// # Errors
     /// As [`Self::apply`].
-    pub fn audit(&mut self) -> Result<bool, MasqueradeError> {
+    pub fn audit(&mut self) -> Result<bool, NftError> {
         let Some(rules) = self.applied.clone() else { return Ok(false) };
         if list()? == self.shown {
             return Ok(false);
@@ -116,43 +86,12 @@ impl Masquerade {
 ///
 /// # Errors
 /// nft is missing or refuses.
-pub fn remove() -> Result<bool, MasqueradeError> {
-    if list()?.is_none() {
-        return Ok(false);
-    }
-    nft(&["-f", "-"], &delete_transaction())?;
-    Ok(true)
+pub fn remove() -> Result<bool, NftError> {
+    nft::remove(TABLE)
 }
 
-/// The table as nft shows it; none when there is none.
-fn list() -> Result<Option<String>, MasqueradeError> {
-    match nft(&["--stateless", "list", "table", "inet", TABLE], "") {
-        Ok(text) => Ok(Some(text)),
-        Err(MasqueradeError::Refused(why)) if why.contains("No such file or directory") => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
-fn nft(arguments: &[&str], input: &str) -> Result<String, MasqueradeError> {
-    let mut child = Command::new("nft")
-        .args(arguments)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(MasqueradeError::NoNft)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // nft reads all of its input before it prints anything, so this cannot block for good; when it died,
-        // its exit status tells more than the broken pipe.
-        stdin.write_all(input.as_bytes()).ok();
-    }
-    let output = child.wait_with_output().map_err(MasqueradeError::NoNft)?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let text = String::from_utf8_lossy(&output.stderr);
-    Err(MasqueradeError::Refused(text.trim().chars().take(2000).collect()))
+fn list() -> Result<Option<String>, NftError> {
+    nft::list("--stateless", TABLE)
 }
 
 #[cfg(test)]

@@ -32,7 +32,6 @@ pub struct Metrics {
     cni_requests: Family<Labels, Counter>,
     cni_seconds: Family<Labels, Histogram>,
     objects_rejected: Counter,
-    masquerade_repairs: Counter,
     repairs: Family<Labels, Counter>,
     conntrack_removed: Counter,
 }
@@ -58,7 +57,6 @@ impl Metrics {
             cni_requests: Family::default(),
             cni_seconds: Family::new_with_constructor(|| Histogram::new(CNI_BUCKETS)),
             objects_rejected: Counter::default(),
-            masquerade_repairs: Counter::default(),
             repairs: Family::default(),
             conntrack_removed: Counter::default(),
         }
@@ -81,11 +79,6 @@ impl Metrics {
             "objects_rejected",
             "Kubernetes objects, or parts of them, that were refused",
             self.objects_rejected.clone(),
-        );
-        registry.register(
-            "masquerade_repairs",
-            "Times that somebody else had changed the masquerade rules",
-            self.masquerade_repairs.clone(),
         );
         registry.register(
             "repairs",
@@ -111,11 +104,6 @@ impl Metrics {
     /// Objects were refused.
     pub fn rejected(&self, count: usize) {
         self.objects_rejected.inc_by(count as u64);
-    }
-
-    /// The masquerade rules had to be put right.
-    pub fn masquerade_repaired(&self) {
-        self.masquerade_repairs.inc();
     }
 
     /// Something that somebody else had changed was put right.
@@ -174,6 +162,8 @@ impl Sources {
             "Links of detached pods that wait for their deletion",
             &[(vec![], waiting)],
         )?;
+        let ports = self.attacher.host_ports() as u64;
+        out.gauge("host_ports", "Ports of the node that lead to pods", &[(vec![], ports)])?;
         let (usage, behind) = self.attacher.lease_usage();
         let rows: Vec<(Labels, u64)> = usage
             .iter()

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use podway_bpf_host::Datapath;
+use podway_cni::Protocol;
 use podway_kube::events::EventWriter;
 use podway_kube::{Client, Kind, watch};
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,9 +24,10 @@ use tracing::{debug, info, warn};
 
 use crate::attach::{AttachError, Attacher};
 use crate::cni_server::CniServer;
-use crate::config::{AgentConfig, ConfigError};
+use crate::config::{AgentConfig, ConfigError, NetworkMode};
 use crate::control::{Control, Message, Parts, QUEUE};
 use crate::events::{AttachEvents, Reporter};
+use crate::host_ports::Reserved;
 use crate::http::{self, Pages};
 use crate::leases::Leases;
 use crate::metrics::{Metrics, Sources};
@@ -176,6 +178,7 @@ impl Running {
         let attacher = Attacher::new(Arc::clone(&datapath), leases, observer)
             .map_err(failed("starting the thread that deletes links"))?;
         let attacher = Arc::new(attacher);
+        attacher.set_reserved_ports(own_ports(&config));
         let found = attacher.adopt()?;
         info!(
             pods = found.live,
@@ -229,6 +232,19 @@ impl Running {
             }
         }
     }
+}
+
+/// Ports of the node that no pod may take away from the agent.
+fn own_ports(config: &AgentConfig) -> Vec<Reserved> {
+    let mut own =
+        vec![Reserved { protocol: Protocol::Udp, port: config.probe_port, what: "the path MTU proof" }];
+    if let NetworkMode::Vxlan { port, .. } = config.mode {
+        own.push(Reserved { protocol: Protocol::Udp, port, what: "the VXLAN tunnel" });
+    }
+    if let Some(address) = &config.metrics_address {
+        own.push(Reserved { protocol: Protocol::Tcp, port: address.port, what: "metrics and health" });
+    }
+    own
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {

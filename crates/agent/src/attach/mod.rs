@@ -13,6 +13,7 @@
 
 pub mod reaper;
 mod repair;
+mod shape;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -25,17 +26,19 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use podway_bpf_host::{Datapath, Endpoint};
 use podway_cni::protocol::{AddRequest, CheckRequest, DelRequest, GcRequest};
-use podway_cni::{AddResult, CniError, code};
-use podway_link::{Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter};
+use podway_cni::{AddResult, CniError, RuntimeConfig, code};
+use podway_link::{FoundTbf, Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter};
 use tracing::{debug, info, warn};
 
 use crate::adoption::{FoundLink, Plan};
 use crate::clock::now_ms;
 use crate::crash;
+use crate::host_ports::{self, HostPorts, PortError, Reserved};
 use crate::ids::AttachmentId;
 use crate::leases::Leases;
 use crate::leases::pool::{Lease, Owner, Usage};
 use crate::network::{NodeAddresses, pod_link};
+use crate::nft::NftError;
 use reaper::Reaper;
 pub use steps::result;
 
@@ -74,6 +77,7 @@ pub trait Observer: Send + Sync {
 pub struct Attacher {
     datapath: Arc<Datapath>,
     leases: Mutex<Leases>,
+    ports: Mutex<HostPorts>,
     attached: Mutex<HashMap<AttachmentId, Attached>>,
     /// Attachments that an operation is at work on.
     busy: Mutex<BTreeSet<AttachmentId>>,
@@ -104,6 +108,7 @@ impl Attacher {
         Ok(Self {
             datapath,
             leases: Mutex::new(leases),
+            ports: Mutex::new(HostPorts::default()),
             attached: Mutex::new(HashMap::new()),
             busy: Mutex::new(BTreeSet::new()),
             turn: Condvar::new(),
@@ -149,7 +154,11 @@ impl Attacher {
                 leases.release(id, now_ms());
             }
         }
-        for (link, lease) in plan.live {
+        let limits = netlink.tbfs()?;
+        for (link, mut lease) in plan.live {
+            if lease.owner == Owner::default() {
+                lease.owner.runtime = in_kernel(&link, &lease.addresses, &limits);
+            }
             let incomplete = plan.incomplete.contains(&lease.id);
             if let Err(error) = self.take_over(netlink, &link, &lease, incomplete) {
                 warn!(attachment = %lease.id, %error, "cannot take a pod over completely; it stays as it was");
@@ -158,7 +167,11 @@ impl Attacher {
                 warn!(%conflict, "the address journal is wrong about a pod");
             }
             let Lease { id, addresses, owner, .. } = lease;
+            lock(&self.ports).adopt(&id, holder(&id, &owner), &owner.runtime.port_mappings, &addresses);
             lock(&self.attached).insert(id, Attached { ifindex: link.ifindex, addresses, owner });
+        }
+        if let Err(error) = lock(&self.ports).restore() {
+            warn!(%error, "cannot put the host ports in order; trying again");
         }
         for link in plan.doomed {
             debug!(attachment = %link.id, "removing a link that was left behind");
@@ -176,8 +189,15 @@ impl Attacher {
     ) -> Result<(), AttachError> {
         self.datapath.attach_pod(link.ifindex)?;
         if incomplete {
-            steps::host_side(netlink, link.ifindex, &lease.id, &lease.addresses, self.node())?;
-            self.datapath.set_endpoint(&endpoint(link.ifindex, &lease.id, &lease.addresses))?;
+            steps::host_side(
+                netlink,
+                link.ifindex,
+                &lease.id,
+                &lease.addresses,
+                self.node(),
+                &lease.owner.runtime,
+            )?;
+            self.datapath.set_endpoint(&endpoint(link.ifindex, &lease.id, &lease.addresses, &lease.owner))?;
         }
         Ok(())
     }
@@ -185,6 +205,33 @@ impl Attacher {
     /// Sets where new addresses come from.
     pub fn set_ranges(&self, cidrs: &[ipnet::IpNet]) {
         lock(&self.leases).set_ranges(cidrs);
+    }
+
+    /// Sets which host ports no pod may have.
+    pub fn set_reserved_ports(&self, reserved: Vec<Reserved>) {
+        lock(&self.ports).set_reserved(reserved);
+    }
+
+    /// Sets the cluster's own addresses, whose connections to host ports are masqueraded.
+    ///
+    /// # Errors
+    /// nft is missing or refuses.
+    pub fn set_inside(&self, inside: &[IpNet]) -> Result<(), NftError> {
+        lock(&self.ports).set_inside(inside)
+    }
+
+    /// Puts the host ports right. Returns whether that was necessary.
+    ///
+    /// # Errors
+    /// nft is missing or refuses.
+    pub fn audit_ports(&self) -> Result<bool, NftError> {
+        lock(&self.ports).audit()
+    }
+
+    /// Number of host ports that lead to pods.
+    #[must_use]
+    pub fn host_ports(&self) -> usize {
+        lock(&self.ports).len()
     }
 
     /// Sets the MTU of new pods.
@@ -335,6 +382,7 @@ impl Attacher {
         let owner = Owner {
             pod: pod_name(request.args.pod_namespace(), request.args.pod_name()),
             network: Some(request.network.clone()),
+            runtime: request.runtime.clone(),
         };
         let netns = Netns::from_fd(netns);
         // The runtime must not ADD twice. When it does for the same namespace, the first attachment is replaced;
@@ -343,22 +391,31 @@ impl Attacher {
             self.refuse_second(&id, &netns)?;
             self.detach(&id)?;
         }
+        lock(&self.ports)
+            .claim(&id, holder(&id, &owner), &owner.runtime.port_mappings)
+            .map_err(|error| cannot_open(&error))?;
         let lease = lock(&self.leases).allocate(&id, &owner, now_ms());
         let lease = lease.map_err(|exhausted| {
+            self.undo(&id);
             self.observer.exhausted(&exhausted);
             CniError::try_again("no pod address is free on this node").details(exhausted.to_string())
         })?;
         crash::point("add.leased");
         let changes = self.mtu_changes.load(Ordering::SeqCst);
         let mtu = self.mtu.load(Ordering::SeqCst);
-        let done = self.build(&id, &lease, mtu, &netns);
+        let done = self.build(&id, &lease, mtu, &netns).map_err(|e| cannot_attach(&e));
+        let done = done.and_then(|ifindex| {
+            lock(&self.ports).open(&id, &lease.addresses).map_err(|e| cannot_open(&e))?;
+            Ok(ifindex)
+        });
         let ifindex = match done {
             Ok(ifindex) => ifindex,
             Err(error) => {
                 self.undo(&id);
-                return Err(cannot_attach(&error));
+                return Err(error);
             }
         };
+        crash::point("add.ports");
         let attached = Attached { ifindex, addresses: lease.addresses.clone(), owner };
         lock(&self.attached).insert(id.clone(), attached);
         // The MTU changed while this link was being made, and may have been missed.
@@ -397,12 +454,13 @@ impl Attacher {
         crash::point("add.link");
         self.datapath.attach_pod(link.index)?;
         crash::point("add.programs");
-        steps::host_side(&mut netlink, link.index, id, &lease.addresses, self.node())?;
+        let runtime = &lease.owner.runtime;
+        steps::host_side(&mut netlink, link.index, id, &lease.addresses, self.node(), runtime)?;
         crash::point("add.host");
-        steps::pod_side(id, &link, &lease.addresses, mtu, netns)?;
+        steps::pod_side(id, &link, &lease.addresses, mtu, netns, runtime)?;
         steps::wait_operational(&mut netlink, link.index)?;
         crash::point("add.pod");
-        self.datapath.set_endpoint(&endpoint(link.index, id, &lease.addresses))?;
+        self.datapath.set_endpoint(&endpoint(link.index, id, &lease.addresses, &lease.owner))?;
         crash::point("add.endpoint");
         self.give_back(netlink);
         Ok(link.index)
@@ -446,6 +504,9 @@ impl Attacher {
             CniError::new(code::IO, format!("cannot detach {id}")).details(error.to_string())
         };
         let known = lock(&self.attached).get(id).map(|a| a.ifindex).filter(|i| *i != 0);
+        // Before anything else can have the address.
+        lock(&self.ports).close(id).map_err(|e| fail(e.into()))?;
+        crash::point("del.ports");
         let mut netlink = self.socket().map_err(fail)?;
         let link = steps::find_link(&mut netlink, id).map_err(fail)?;
         let ifindexes: BTreeSet<u32> = known.into_iter().chain(link.as_ref().map(|l| l.index)).collect();
@@ -486,14 +547,15 @@ impl Attacher {
         }
         let mut netlink = self.socket().map_err(|e| different(e.to_string()))?;
         let netns = Netns::from_fd(netns);
-        let wrong = steps::verify(&mut netlink, &id, attached.ifindex, &attached.addresses, &netns)
-            .map_err(|e| different(e.to_string()))?;
+        let wrong =
+            steps::verify(&mut netlink, &id, &attached, &netns).map_err(|e| different(e.to_string()))?;
         self.give_back(netlink);
         if let Some(what) = wrong {
             return Err(different(what));
         }
         let endpoints = self.datapath.endpoints().map_err(|e| different(e.to_string()))?;
-        if !endpoints.contains(&endpoint(attached.ifindex, &id, &in_map_order(&attached.addresses))) {
+        let addresses = in_map_order(&attached.addresses);
+        if !endpoints.contains(&endpoint(attached.ifindex, &id, &addresses, &attached.owner)) {
             return Err(different("the datapath does not know it; delete the pod to attach it anew".into()));
         }
         Ok(())
@@ -619,6 +681,12 @@ pub enum AttachError {
     /// Something is there that is not ours.
     #[error("{0}")]
     InTheWay(String),
+    /// A bandwidth limit.
+    #[error("the bandwidth cannot be limited: {0}")]
+    Bandwidth(podway_link::Error),
+    /// Host ports.
+    #[error("host ports: {0}")]
+    Ports(#[from] NftError),
 }
 
 fn cannot_attach(error: &AttachError) -> CniError {
@@ -627,7 +695,45 @@ fn cannot_attach(error: &AttachError) -> CniError {
     CniError::new(code::IO, "cannot attach the pod").details(format!("{error}{hint}"))
 }
 
-fn endpoint(ifindex: u32, id: &AttachmentId, addresses: &[IpAddr]) -> Endpoint {
+/// A port that another pod has may be free soon: pods are replaced by such with the same ports.
+fn cannot_open(error: &PortError) -> CniError {
+    let code = match error {
+        PortError::Taken { .. } => code::TRY_AGAIN,
+        PortError::Reserved { .. } | PortError::NoFamily(_) => code::INVALID_CONFIG,
+        PortError::Nft(_) => code::IO,
+    };
+    CniError::new(code, error.to_string()).details(match error {
+        PortError::Taken { .. } => "delete the other pod, or use another hostPort or another node",
+        PortError::Reserved { .. } => "use another hostPort, or give the agent another port",
+        PortError::NoFamily(_) => "use a hostIP of the pods' family, or give the node a podCIDR of this one",
+        PortError::Nft(_) => "see the message",
+    })
+}
+
+/// Who has an attachment, for people.
+fn holder(id: &AttachmentId, owner: &Owner) -> String {
+    match &owner.pod {
+        Some(pod) => format!("pod {pod}"),
+        None => format!("container {id}"),
+    }
+}
+
+/// What the kernel tells of the host ports and limits of a pod that nothing else remembers. A limit of what the pod sends is
+/// in the pod's own namespace, and stays as it is.
+fn in_kernel(link: &FoundLink, addresses: &[IpAddr], limits: &[FoundTbf]) -> RuntimeConfig {
+    let mut found = RuntimeConfig::default();
+    found.bandwidth.ingress = limits.iter().find(|l| l.index == link.ifindex).map(shape::limit);
+    for address in addresses {
+        match host_ports::found(*address) {
+            Ok(mappings) => found.port_mappings.extend(mappings),
+            Err(NftError::Missing(_)) => {}
+            Err(error) => warn!(attachment = %link.id, %error, "cannot see which host ports a pod has"),
+        }
+    }
+    found
+}
+
+fn endpoint(ifindex: u32, id: &AttachmentId, addresses: &[IpAddr], owner: &Owner) -> Endpoint {
     Endpoint {
         // Unique on the node for as long as the link lives, and the same after a restart.
         id: ifindex,
@@ -635,7 +741,7 @@ fn endpoint(ifindex: u32, id: &AttachmentId, addresses: &[IpAddr]) -> Endpoint {
         pod_mac: id.pod_mac(),
         host_mac: id.host_mac(),
         addresses: addresses.to_vec(),
-        queued: false,
+        queued: owner.runtime.bandwidth.ingress.is_some(),
     }
 }
 

@@ -9,10 +9,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use podway_bpf_host::Endpoint;
-use podway_link::{Link, Netlink, ROUTE_PROTOCOL, RouteFilter};
+use podway_link::{FoundTbf, Link, Netlink, ROUTE_PROTOCOL, RouteFilter};
 use tracing::warn;
 
-use super::{AttachError, Attached, Attacher, endpoint, in_map_order, lock, steps};
+use super::{AttachError, Attached, Attacher, endpoint, in_map_order, lock, shape, steps};
 use crate::config::GATEWAY_V6;
 use crate::ids::AttachmentId;
 use crate::network::{NodeAddresses, pod_link};
@@ -26,6 +26,8 @@ struct Found {
     routes: HashMap<(u32, IpNet), Option<IpAddr>>,
     /// None when they are not to be compared this time.
     endpoints: Option<Vec<Endpoint>>,
+    /// Limits on links, likewise.
+    limits: Option<Vec<FoundTbf>>,
 }
 
 impl Attacher {
@@ -42,7 +44,8 @@ impl Attacher {
             return Ok(Vec::new());
         }
         let mut netlink = self.socket()?;
-        let found = self.found(&mut netlink, thorough)?;
+        let limited = attached.iter().any(|(_, pod)| pod.owner.runtime.bandwidth.ingress.is_some());
+        let found = self.found(&mut netlink, thorough, limited)?;
         let node = self.node();
         let mut repairs = Vec::new();
         for (id, pod) in attached {
@@ -75,7 +78,7 @@ impl Attacher {
         Ok(repairs)
     }
 
-    fn found(&self, netlink: &mut Netlink, thorough: bool) -> Result<Found, AttachError> {
+    fn found(&self, netlink: &mut Netlink, thorough: bool, limited: bool) -> Result<Found, AttachError> {
         let filter = RouteFilter { protocol: Some(ROUTE_PROTOCOL), ..RouteFilter::default() };
         let gateway = IpAddr::V6(GATEWAY_V6);
         Ok(Found {
@@ -88,6 +91,7 @@ impl Attacher {
                 .collect(),
             routes: netlink.routes(filter)?.into_iter().map(|r| ((r.dev, r.dst), r.src)).collect(),
             endpoints: if thorough { Some(self.datapath.endpoints()?) } else { None },
+            limits: if thorough && limited { Some(netlink.tbfs()?) } else { None },
         })
     }
 
@@ -111,12 +115,12 @@ impl Attacher {
                 "pod_alias" => netlink.set_alias(pod.ifindex, &id.alias())?,
                 "pod_mac" => netlink.set_mac(pod.ifindex, id.host_mac())?,
                 "pod_endpoint" => {
-                    self.datapath.set_endpoint(&endpoint(pod.ifindex, id, &pod.addresses))?;
+                    self.datapath.set_endpoint(&endpoint(pod.ifindex, id, &pod.addresses, &pod.owner))?;
                 }
                 _ => {}
             }
         }
-        steps::host_side(netlink, pod.ifindex, id, &pod.addresses, self.node())
+        steps::host_side(netlink, pod.ifindex, id, &pod.addresses, self.node(), &pod.owner.runtime)
     }
 }
 
@@ -148,9 +152,14 @@ impl Found {
             }
         }
         if let Some(endpoints) = &self.endpoints
-            && !endpoints.contains(&endpoint(link.index, id, &in_map_order(&pod.addresses)))
+            && !endpoints.contains(&endpoint(link.index, id, &in_map_order(&pod.addresses), &pod.owner))
         {
             add("pod_endpoint", "the datapath did not know it".to_owned());
+        }
+        if let (Some(limits), Some(limit)) = (&self.limits, &pod.owner.runtime.bandwidth.ingress)
+            && !limits.iter().any(|found| found.index == link.index && shape::keeps(found, limit))
+        {
+            add("pod_bandwidth", format!("the bandwidth of {name} was not limited"));
         }
         wrong
     }

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podway_bpf_host::Datapath;
-use podway_cni::{AddResult, Interface, IpConfig, Route as CniRoute};
+use podway_cni::{AddResult, Interface, IpConfig, Route as CniRoute, RuntimeConfig};
 use podway_link::{AddressFlags, Link, Netlink, Netns, ROUTE_PROTOCOL, Route, RouteFilter, VethSpec, sysctl};
 use tracing::warn;
 
-use super::AttachError;
+use super::{AttachError, Attached, shape};
 use crate::config::{GATEWAY_V4, GATEWAY_V6};
 use crate::ids::AttachmentId;
 use crate::network::{NodeAddresses, pod_link};
@@ -124,7 +124,17 @@ pub(super) fn host_side(
     id: &AttachmentId,
     addresses: &[IpAddr],
     node: NodeAddresses,
+    runtime: &RuntimeConfig,
 ) -> Result<(), AttachError> {
+    if let Some(limit) = &runtime.bandwidth.ingress {
+        netlink.set_tbf(ifindex, &shape::tbf(limit)).map_err(AttachError::Bandwidth)?;
+    }
+    // Answers to connections from the loopback come back through the link with a loopback address.
+    if addresses.iter().any(IpAddr::is_ipv4)
+        && runtime.port_mappings.iter().any(|m| m.host_ip.is_none_or(|ip| ip.is_ipv4()))
+    {
+        sysctl::write(&format!("net/ipv4/conf/{}/route_localnet", id.host_link()), "1")?;
+    }
     if addresses.iter().any(IpAddr::is_ipv6) {
         let gateway = IpNet::new(IpAddr::V6(GATEWAY_V6), 64).expect("64 is a prefix length of IPv6");
         let flags = AddressFlags { nodad: true, ..AddressFlags::default() };
@@ -202,12 +212,16 @@ pub(super) fn pod_side(
     addresses: &[IpAddr],
     mtu: u32,
     netns: &Netns,
+    runtime: &RuntimeConfig,
 ) -> Result<(), AttachError> {
     let mut netlink = Netlink::open_in(netns)?;
     let index = match host.peer_index {
         Some(index) => index,
         None => pod_link_index(&mut netlink, id)?,
     };
+    if let Some(limit) = &runtime.bandwidth.egress {
+        netlink.set_tbf(index, &shape::tbf(limit)).map_err(AttachError::Bandwidth)?;
+    }
     for address in addresses {
         let flags = AddressFlags { nodad: true, ..AddressFlags::default() };
         match netlink.add_address(index, IpNet::from(*address), flags) {
@@ -282,10 +296,11 @@ fn default_of(address: IpAddr) -> IpNet {
 pub(super) fn verify(
     netlink: &mut Netlink,
     id: &AttachmentId,
-    ifindex: u32,
-    addresses: &[IpAddr],
+    attached: &Attached,
     netns: &Netns,
 ) -> Result<Option<String>, AttachError> {
+    let Attached { ifindex, addresses, owner } = attached;
+    let (ifindex, bandwidth) = (*ifindex, owner.runtime.bandwidth);
     let host = netlink.link_by_index(ifindex)?.filter(|l| pod_link(l).is_some_and(|(found, _)| found == *id));
     let Some(host) = host else { return Ok(Some(format!("link {} is gone", id.host_link()))) };
     if !host.up {
@@ -310,6 +325,15 @@ pub(super) fn verify(
         return Ok(Some(format!("interface {} has lost address {missing}", id.ifname)));
     }
     let routes = inside.routes(RouteFilter { dev: Some(pod.index), ..RouteFilter::default() })?;
+    for (limit, netlink, index, what) in [
+        (bandwidth.ingress, &mut *netlink, ifindex, "gets"),
+        (bandwidth.egress, &mut inside, pod.index, "sends"),
+    ] {
+        let Some(limit) = limit else { continue };
+        if !netlink.tbfs()?.iter().any(|found| found.index == index && shape::keeps(found, &limit)) {
+            return Ok(Some(format!("what the pod {what} is not limited as it should be")));
+        }
+    }
     for address in addresses {
         let want = default_of(*address);
         if !routes.iter().any(|r| r.dst == want && r.via == Some(gateway(*address))) {

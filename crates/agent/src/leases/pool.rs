@@ -10,6 +10,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use podway_cni::RuntimeConfig;
 use serde::{Deserialize, Serialize};
 
 use super::journal::Record;
@@ -44,6 +45,9 @@ pub struct Owner {
     /// Name of the CNI network: what a GC is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
+    /// Host ports and limits.
+    #[serde(default, skip_serializing_if = "RuntimeConfig::is_empty")]
+    pub runtime: RuntimeConfig,
 }
 
 /// Another attachment holds an address.

@@ -14,7 +14,7 @@ fn id(n: usize) -> AttachmentId {
 }
 
 fn pod(name: &str) -> Owner {
-    Owner { pod: Some(name.into()), network: Some("podway".into()) }
+    Owner { pod: Some(name.into()), network: Some("podway".into()), ..Owner::default() }
 }
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {

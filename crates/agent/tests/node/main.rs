@@ -7,6 +7,7 @@
 #![expect(clippy::print_stdout, reason = "a test program without harness tells what it does")]
 #![expect(clippy::unwrap_used, reason = "a failed step of a test panics")]
 
+mod capabilities;
 mod scenarios;
 mod world;
 
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     }
     let filter = arguments.iter().find(|a| !a.starts_with('-'));
     let mut failed = Vec::new();
-    for (name, scenario) in scenarios::ALL {
+    for (name, scenario) in scenarios::ALL.iter().chain(capabilities::ALL) {
         if filter.is_some_and(|f| !name.contains(f.as_str())) {
             continue;
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use podway_agent::Instance;
 use podway_apiserver::{ResourceKey, Store, StoreConfig};
 use podway_cni::protocol::{self, AddRequest, CheckRequest, DelRequest, GcRequest, Response};
-use podway_cni::{AddResult, Args, CniError};
+use podway_cni::{AddResult, Args, CniError, RuntimeConfig};
 use podway_link::{AddressFlags, Netlink, Netns, VethSpec};
 use serde_json::{Value, json};
 
@@ -298,12 +298,23 @@ impl TestNode {
 
     /// ADD of a pod's namespace for a container of another name.
     pub(crate) fn add_as(&self, container: &str, pod: &Pod) -> Result<Vec<IpAddr>, CniError> {
+        self.add_with(container, pod, &RuntimeConfig::default())
+    }
+
+    /// ADD with what the runtime asks for by capability.
+    pub(crate) fn add_with(
+        &self,
+        container: &str,
+        pod: &Pod,
+        runtime: &RuntimeConfig,
+    ) -> Result<Vec<IpAddr>, CniError> {
         let request = AddRequest {
             container_id: container.into(),
             ifname: "eth0".into(),
             netns_path: format!("/run/netns/{PREFIX}-pod-{}", pod.name),
             args: args(pod),
             network: NETWORK.into(),
+            runtime: runtime.clone(),
         };
         let result = self.ask(protocol::Command::Add(request), Some(&pod.ns))?.unwrap();
         Ok(result.ips.iter().map(|ip| ip.address.addr()).collect())
@@ -384,6 +395,7 @@ impl TestNode {
         wait(&format!("the links on {} to go", self.name), 10, || self.pod_links().is_empty());
         wait(&format!("the pins on {} to go", self.name), 10, || self.pod_pins() == 0);
         assert_eq!(self.metric("podway_pods "), 0.0);
+        assert_eq!(self.metric("podway_host_ports "), 0.0);
         let (_, page) = self.http("/metrics");
         for line in page.lines().filter(|l| l.starts_with("podway_addresses{") && l.contains("\"leased\"")) {
             assert!(line.ends_with(" 0"), "leases on {}: {line}", self.name);
