@@ -5,6 +5,8 @@
 //! Podway's own, and keeps in memory what it wrote, so that a change costs the change. None of them decides
 //! anything: precedence, topology and readiness are settled in the table.
 
+pub mod foreign;
+pub mod ipvs;
 mod table;
 mod writer;
 
