@@ -174,8 +174,8 @@ impl SlotPair {
     }
 }
 
-/// [`Backend::service`] of a number that no backend has.
-pub const NO_SERVICE: u32 = u32::MAX;
+/// [`Backend::service`] of a number that no backend has: services are counted from 1, and a table starts as zeros.
+pub const NO_SERVICE: u32 = 0;
 
 /// One endpoint of one service.
 #[repr(C)]

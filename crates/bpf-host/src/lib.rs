@@ -13,6 +13,7 @@ mod flows;
 mod object;
 mod peers;
 mod report;
+mod services;
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +35,7 @@ pub use flows::{Flow, SweepReport};
 pub use object::is_built_in;
 pub use peers::{Peer, PeerFlags, SyncReport};
 pub use report::{Counter, MapFill, ProgramReport, TestRun};
+pub use services::{ApplyReport, KernelFrontend, Refused, ServiceCounts, ServiceWriter};
 
 /// How the node reaches other nodes' pods, and by which devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
