@@ -11,10 +11,12 @@
 //! - [`monitor`]: changes as they happen.
 //! - [`announce`]: telling the neighbours on a link where an address is now.
 //! - [`tap`]: links whose other end is a process.
+//! - [`conntrack`]: tracked flows of the node's stack.
 //! - [`sysctl`], [`snmp`]: the `/proc` side.
 //! - [`probe`]: proof of the path MTU between two nodes.
 
 pub mod announce;
+pub mod conntrack;
 mod error;
 pub mod monitor;
 mod netlink;
