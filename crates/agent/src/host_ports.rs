@@ -20,7 +20,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use podway_cni::{PortMapping, Protocol};
+use podway_link::{Netlink, conntrack};
 use serde_json::Value;
+use tracing::warn;
 
 use crate::ids::AttachmentId;
 use crate::nft::{self, NftError};
@@ -164,7 +166,9 @@ impl HostPorts {
         }
         addresses.clone_into(&mut claim.addresses);
         let added = claim.elements();
-        Ok(self.change("add", &added)?)
+        self.change("add", &added)?;
+        forget_flows(&added, true);
+        Ok(())
     }
 
     /// Closes and gives up a pod's ports; one without any is no error.
@@ -175,8 +179,9 @@ impl HostPorts {
         let Some(claim) = self.claims.remove(id) else { return Ok(()) };
         let removed = claim.elements();
         let done = if removed.is_empty() { Ok(()) } else { self.change("delete", &removed) };
-        if done.is_err() {
-            self.claims.insert(id.clone(), claim);
+        match &done {
+            Ok(()) => forget_flows(&removed, false),
+            Err(_) => drop(self.claims.insert(id.clone(), claim)),
         }
         done
     }
@@ -279,6 +284,30 @@ impl HostPorts {
         nft::transaction(&table(&elements, &self.inside))?;
         self.written = show()?.map(|json| split(&json).0);
         Ok(())
+    }
+}
+
+/// Forgets the UDP flows whose way has changed: datagrams of a client that goes on sending would follow the old one. Of
+/// ports that were `opened` these are all to the node itself that go elsewhere; of others, those to the pod.
+fn forget_flows(elements: &BTreeSet<Element>, opened: bool) {
+    let mut own = None;
+    for element in elements.iter().filter(|e| e.protocol == Protocol::Udp) {
+        let target = element.target.0;
+        let forgotten = match (opened, &own) {
+            (true, None) => Netlink::open().and_then(|mut n| n.addresses()).map(|list| {
+                own = Some(list.into_iter().map(|a| a.addr).collect::<BTreeSet<IpAddr>>());
+            }),
+            _ => Ok(()),
+        }
+        .and_then(|()| {
+            conntrack::forget_udp(target.is_ipv6(), element.port, |flow| {
+                let here = own.as_ref().is_none_or(|own| own.contains(&flow.destination));
+                here && (flow.answers == target) != opened
+            })
+        });
+        if let Err(error) = forgotten {
+            warn!(port = %element.mapping(), %error, "clients that send all the time may not reach another pod");
+        }
     }
 }
 

@@ -17,6 +17,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("a_host_port_has_one_pod", a_host_port_has_one_pod),
     ("host_ports_outlive_the_agent_and_are_put_right", host_ports_outlive_the_agent_and_are_put_right),
     ("a_pod_with_ports_does_not_reach_the_loopback", a_pod_with_ports_does_not_reach_the_loopback),
+    ("datagrams_follow_their_port_to_the_next_pod", datagrams_follow_their_port_to_the_next_pod),
     ("bandwidth_is_limited_on_every_path", bandwidth_is_limited_on_every_path),
     ("limits_outlive_the_agent_and_are_put_right", limits_outlive_the_agent_and_are_put_right),
 ];
@@ -266,6 +267,31 @@ fn a_pod_with_ports_does_not_reach_the_loopback() {
     assert!(node.ns.run(|| Command::new("nft").args(flush).status()).unwrap().unwrap().success());
     assert!(arrives(), "the test itself does not work");
     wait("the rule to come back", 11, || !arrives());
+}
+
+fn datagrams_follow_their_port_to_the_next_pod() {
+    let world = World::ready();
+    let node = &world.nodes[0];
+    let client = world.fabric.run(|| UdpSocket::bind("172.18.0.1:40000")).unwrap().unwrap();
+    client.connect("172.18.1.1:5353").unwrap();
+    let runtime = ports(&[(Protocol::Udp, 5353, 53, "")]);
+    // A client that sends all the time, before there is a pod and while one replaces the other.
+    for name in ["a", "b"] {
+        for _ in 0..3 {
+            client.send(b"early").ok();
+        }
+        let pod = world.pod(name);
+        add(node, &pod, &runtime);
+        let server = pod.ns.run(|| UdpSocket::bind("0.0.0.0:53")).unwrap().unwrap();
+        server.set_nonblocking(true).unwrap();
+        wait(&format!("datagrams at {name}"), 5, || {
+            client.send(b"question").ok();
+            std::thread::sleep(Duration::from_millis(20));
+            server.recv(&mut [0; 16]).is_ok()
+        });
+        node.del(name).unwrap();
+    }
+    node.assert_empty();
 }
 
 /// What passes in bits a second, from one namespace to another.
