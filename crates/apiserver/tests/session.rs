@@ -12,12 +12,11 @@
 
 mod common;
 
-use common::Server;
-use podway_apiserver::{BearerToken, DeleteOptions, GroupResource, ResourceKey, StoreConfig};
+use common::kubectl::{self, Kubectl};
+use podway_apiserver::{DeleteOptions, GroupResource, ResourceKey};
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/session");
 /// The first minor version whose words are those of the newer record.
@@ -118,27 +117,9 @@ fn normalized(text: &str, address: &str) -> String {
     out
 }
 
-struct Session {
-    binary: PathBuf,
-    server: Server,
-    home: tempfile::TempDir,
-}
+struct Session(Kubectl);
 
 impl Session {
-    fn start(binary: &Path) -> Self {
-        let token = BearerToken::new("0123456789abcdef");
-        let server = Server::start(StoreConfig::default(), Some(token.clone()));
-        let home = tempfile::tempdir().unwrap();
-        let url = format!("http://{}{}", server.address, token.path_prefix());
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-            "clusters": [{"name": "lab", "cluster": {"server": url}}], "users": [{"name": "lab", "user": {}}],
-            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
-        });
-        std::fs::write(home.path().join("config"), config.to_string()).unwrap();
-        Self { binary: binary.to_owned(), server, home }
-    }
-
     fn run(&self, line: &str) -> String {
         match line.split_at(1) {
             ("$", command) => self.kubectl(command),
@@ -150,16 +131,8 @@ impl Session {
     }
 
     fn kubectl(&self, command: &str) -> String {
-        let output = Command::new(&self.binary)
-            .arg("--request-timeout=20s")
-            .args(words(command))
-            .current_dir(FOLDER)
-            .env("HOME", self.home.path())
-            .env("KUBECONFIG", self.home.path().join("config"))
-            .env("TERM", "dumb")
-            .output()
-            .unwrap();
-        let address = self.server.address.to_string();
+        let output = self.0.command().args(words(command)).current_dir(FOLDER).output().unwrap();
+        let address = self.0.server.address.to_string();
         let mut text = normalized(&String::from_utf8_lossy(&output.stdout), &address);
         text.push_str(&normalized(&String::from_utf8_lossy(&output.stderr), &address));
         if !output.status.success() {
@@ -176,45 +149,26 @@ impl Session {
         let key = ResourceKey::new(group, plural, namespace, words[3]);
         match words[0] {
             "status" => {
-                let kind = self.server.store.kind(&GroupResource::new(group, plural)).unwrap();
+                let kind = self.0.server.store.kind(&GroupResource::new(group, plural)).unwrap();
                 let status: Value = serde_json::from_str(words[4]).unwrap();
                 let object = json!({"apiVersion": kind.api_version(kind.storage_version()), "kind": kind.kind,
                     "metadata": {"name": key.name, "namespace": key.namespace}, "status": status});
-                self.server.store.update_status(object).unwrap();
+                self.0.server.store.update_status(object).unwrap();
             }
-            "end" => drop(self.server.store.delete(&key, &DeleteOptions::now()).unwrap()),
+            "end" => drop(self.0.server.store.delete(&key, &DeleteOptions::now()).unwrap()),
             other => panic!("unknown action {other:?}"),
         }
     }
 }
 
-fn minor_version(binary: &Path) -> Option<u32> {
-    let output = Command::new(binary).args(["version", "--client", "-o", "json"]).output().ok()?;
-    let version: Value = serde_json::from_slice(&output.stdout).ok()?;
-    let minor = version["clientVersion"]["minor"].as_str()?;
-    minor.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().ok()
-}
-
-fn binaries() -> Vec<PathBuf> {
-    match std::env::var_os("PODWAY_KUBECTL") {
-        Some(list) => std::env::split_paths(&list).collect(),
-        None => vec![PathBuf::from("kubectl")],
-    }
-}
-
 #[test]
 fn a_session_prints_what_was_recorded() {
-    for binary in binaries() {
-        let Some(minor) = minor_version(&binary) else {
-            println!("skipped: {} is no kubectl that runs here", binary.display());
-            assert!(std::env::var_os("PODWAY_KUBECTL").is_none(), "{} does not run", binary.display());
-            continue;
-        };
+    for (binary, minor) in kubectl::found() {
         let name = if minor < NEWER { "kubectl-1.20.txt" } else { "kubectl-1.32.txt" };
         let path = Path::new(FOLDER).join(name);
         let steps = steps(&std::fs::read_to_string(&path).unwrap());
         assert!(steps.iter().filter(|step| step.line.starts_with('$')).count() >= 30);
-        let session = Session::start(&binary);
+        let session = Session(Kubectl::of(&binary));
         let (mut record, mut wrong) = (String::new(), String::new());
         for Step { before, line, expected } in steps {
             let printed = session.run(&line);

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
+pub mod kubectl;
+
 use podway_apiserver::{BearerToken, Store, StoreConfig, serve};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
