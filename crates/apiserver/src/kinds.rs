@@ -190,7 +190,7 @@ impl KindInfo {
 /// G generation, X scale subresource, A category `all`.
 type Row = (&'static str, &'static str, &'static str, &'static str, &'static str, &'static str);
 
-// group, version, plural, kind, short names, flags
+// group, versions with the stored one first, plural, kind, short names, flags
 const BUILT_IN: &[Row] = &[
     ("", "v1", "configmaps", "ConfigMap", "cm", "N"),
     ("", "v1", "endpoints", "Endpoints", "ep", "N"),
@@ -212,7 +212,7 @@ const BUILT_IN: &[Row] = &[
     ("apps", "v1", "deployments", "Deployment", "deploy", "NSGXA"),
     ("apps", "v1", "replicasets", "ReplicaSet", "rs", "NSGXA"),
     ("apps", "v1", "statefulsets", "StatefulSet", "sts", "NSGXA"),
-    ("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa", "NSA"),
+    ("autoscaling", "v2 v1", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa", "NSA"),
     ("batch", "v1", "cronjobs", "CronJob", "cj", "NSGA"),
     ("batch", "v1", "jobs", "Job", "", "NSGA"),
     ("networking.k8s.io", "v1", "ingressclasses", "IngressClass", "", "G"),
@@ -318,10 +318,11 @@ const SELECTABLE: &[(&str, &str, &[&str])] = &[
 pub(crate) fn built_in() -> Vec<Arc<KindInfo>> {
     BUILT_IN
         .iter()
-        .map(|&(group, version, plural, kind, short, flags)| {
+        .map(|&(group, versions, plural, kind, short, flags)| {
             let has = |flag| flags.contains(flag);
             let selectable = SELECTABLE.iter().find(|(g, p, _)| (*g, *p) == (group, plural));
             Arc::new(KindInfo {
+                versions: versions.split(' ').map(str::to_owned).collect(),
                 short_names: short.split_whitespace().map(str::to_owned).collect(),
                 categories: match (has('A'), group) {
                     (true, _) => vec!["all".to_owned()],
@@ -337,7 +338,7 @@ pub(crate) fn built_in() -> Vec<Arc<KindInfo>> {
                 selectable_fields: selectable
                     .map(|(_, _, fields)| fields.iter().map(|&field| field.to_owned()).collect())
                     .unwrap_or_default(),
-                ..KindInfo::new(group, version, kind, plural, has('N'))
+                ..KindInfo::new(group, versions, kind, plural, has('N'))
             })
         })
         .collect()

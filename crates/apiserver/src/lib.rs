@@ -2,7 +2,8 @@
 //!
 //! It is for labs and tests: clients such as kubectl, controllers and Podway's own agents talk to it as they
 //! would to a real API server, and everything is forgotten when the process ends. Production state lives in real
-//! Kubernetes. There is no admission control, RBAC, field ownership, conversion between schemas or aggregation.
+//! Kubernetes. There is no admission control, RBAC, field ownership, conversion between the versions of
+//! custom kinds, or aggregation.
 //!
 //! - [`Store`] holds objects as JSON values by resource, namespace and name, counts one resource version, remembers
 //!   a bounded window of changes per resource for watches, and does the life cycle of objects: finalizers, graceful
@@ -12,6 +13,7 @@
 //!
 //! Both are two doors to the same thing: what is written through one is seen at once through the other.
 
+mod autoscaling;
 mod crd;
 mod error;
 mod events;

@@ -128,7 +128,7 @@ fn objects_are_applied_shown_changed_and_deleted() {
     let error = kubectl.try_run("get pod nope -n shop", "").unwrap_err();
     assert!(error.contains("Error from server (NotFound): pods \"nope\" not found"), "{error}");
     let error = kubectl.try_run("logs p -n shop", "").unwrap_err();
-    assert!(error.contains("podway lab exec"), "{error}");
+    assert!(error.contains("podway lab logs"), "{error}");
 
     kubectl.run("delete pod p -n shop --wait=false");
     assert_eq!(kubectl.table("get pod p -n shop")[1][2], "Terminating");

@@ -546,7 +546,7 @@ fn what_is_not_done_here_says_so_in_a_status() {
     for (method, path, code, words) in [
         ("POST", format!("{pod}/eviction"), 501, "does not evict"),
         ("POST", format!("{pod}/binding"), 501, "spec.nodeName"),
-        ("GET", format!("{pod}/log"), 501, "podway lab exec"),
+        ("GET", format!("{pod}/log"), 501, "podway lab logs"),
         ("POST", format!("{pod}/exec"), 501, "podway lab exec"),
         ("GET", format!("{pod}/proxy/x"), 501, "connects to no pod"),
         ("PATCH", format!("{pod}/ephemeralcontainers"), 501, "create it anew"),
@@ -580,4 +580,69 @@ fn everybody_may_do_everything() {
     assert_eq!(body["status"]["resourceRules"][0]["verbs"], json!(["*"]));
     assert_eq!(server.post(&format!("{base}/selfsubjectaccessreviews"), &json!(["x"])).0, 400);
     assert_eq!(server.get(&format!("{base}/selfsubjectaccessreviews")).0, 405);
+}
+
+#[test]
+fn autoscalers_are_served_in_both_versions() {
+    let server = Server::start(StoreConfig::default(), None);
+    let [v1, v2] =
+        ["v1", "v2"].map(|v| format!("/apis/autoscaling/{v}/namespaces/default/horizontalpodautoscalers"));
+    let (_, group) = server.get("/apis/autoscaling");
+    assert_eq!(group["preferredVersion"]["version"], "v2");
+    assert_eq!(group["versions"].as_array().unwrap().len(), 2);
+    let target = json!({"kind": "Deployment", "name": "web", "apiVersion": "apps/v1"});
+    let memory = json!({"type": "Resource", "resource": {"name": "memory",
+        "target": {"type": "AverageValue", "averageValue": "1Gi"}}});
+    let behavior = json!({"scaleDown": {"selectPolicy": "Disabled"}});
+    let (status, made) = server.post(
+        &v2,
+        &json!({"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "web"},
+        "spec": {"scaleTargetRef": target, "maxReplicas": 3, "metrics": [memory], "behavior": behavior}}),
+    );
+    assert_eq!(status, 201, "{made}");
+    let mut watch = server.watch(&format!("{v1}?watch=true&resourceVersion=0"), &[]);
+    assert_eq!(watch.next().unwrap()["object"]["spec"], json!({"scaleTargetRef": target, "maxReplicas": 3}));
+
+    // What is written in the older version shows in the newer one, which keeps what only it can say.
+    let spec = |percent: i64| json!({"spec": {"targetCPUUtilizationPercentage": percent}});
+    let applied = json!({"apiVersion": "autoscaling/v1", "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "web"}, "spec": {"targetCPUUtilizationPercentage": 40}});
+    for (type_, body, percent) in [
+        ("application/merge-patch+json", spec(10), 10),
+        ("application/strategic-merge-patch+json", spec(20), 20),
+        (
+            "application/json-patch+json",
+            json!([{"op": "replace", "path": "/spec/targetCPUUtilizationPercentage", "value": 30}]),
+            30,
+        ),
+        ("application/apply-patch+yaml", applied, 40),
+    ] {
+        let path = format!("{v1}/web?fieldManager=test");
+        let (status, patched) = server.call("PATCH", &path, &[("Content-Type", type_)], &body.to_string());
+        assert_eq!((status, &patched["apiVersion"]), (200, &json!("autoscaling/v1")), "{type_}: {patched}");
+        assert_eq!(patched["spec"]["targetCPUUtilizationPercentage"], percent, "{type_}: {patched}");
+        let seen = watch.next().unwrap();
+        assert_eq!((&seen["type"], &seen["object"]), (&json!("MODIFIED"), &patched), "{type_}");
+        let (_, newer) = server.get(&format!("{v2}/web"));
+        let metrics = &newer["spec"]["metrics"];
+        assert_eq!(metrics[0]["resource"]["target"]["averageUtilization"], percent, "{type_}: {newer}");
+        assert_eq!((&metrics[1], &newer["spec"]["behavior"]), (&memory, &behavior), "{type_}: {newer}");
+        assert!(newer["spec"].get("targetCPUUtilizationPercentage").is_none(), "{type_}: {newer}");
+    }
+    let (_, list) = server.get(&v1);
+    assert_eq!(list["apiVersion"], "autoscaling/v1");
+    assert_eq!(list["items"][0]["spec"]["targetCPUUtilizationPercentage"], 40);
+    let mut old = server.get(&format!("{v1}/web")).1;
+    old["spec"].as_object_mut().unwrap().remove("targetCPUUtilizationPercentage");
+    let (status, put) =
+        server.call("PUT", &format!("{v1}/web"), &[("Content-Type", "application/json")], &old.to_string());
+    assert_eq!(status, 200, "{put}");
+    assert_eq!(server.get(&format!("{v2}/web")).1["spec"]["metrics"], json!([memory]));
+    let patch = [("Content-Type", "application/merge-patch+json")];
+    let (status, _) = server.call("PATCH", &format!("{v1}/nobody"), &patch, &spec(1).to_string());
+    assert_eq!(status, 404);
+    let stale = json!({"metadata": {"resourceVersion": "1"}, "spec": {"maxReplicas": 9}});
+    let (status, refused) = server.call("PATCH", &format!("{v1}/web"), &patch, &stale.to_string());
+    assert_eq!(status, 409, "{refused}");
 }

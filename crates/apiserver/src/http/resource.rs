@@ -11,15 +11,20 @@ use super::query::{Query, propagation};
 use super::route::Target;
 use super::view::Presenter;
 use super::{ResponseBody, body, bytes_response, json_response, scale, stream};
+use crate::autoscaling;
 use crate::error::ApiError;
 use crate::events;
 use crate::json;
+use crate::kinds::ResourceKey;
 use crate::patch::Patch;
 use crate::store::{DeleteOptions, DeleteOutcome, Store, Subresource};
 
 /// What a server-side apply tells its client (RFC 9111's predecessor, RFC 7234 section 5.5: code 299, no agent).
 const APPLY_WARNING: &str = "299 - \"this API server of a lab merges what is applied and keeps no field ownership: \
                              fields that are no longer applied stay, and there are no conflicts\"";
+
+/// How often a patch of an object that is converted is tried again because somebody else was faster.
+const PATCH_ATTEMPTS: usize = 5;
 
 pub(super) async fn answer(
     store: &Arc<Store>,
@@ -62,7 +67,11 @@ fn unsupported(target: &Target, subresource: &str) -> ApiError {
     let kind =
         if target.kind.group.is_empty() && !target.kind.custom { target.kind.kind.as_str() } else { "" };
     let why = match (kind, first) {
-        ("Pod", "log" | "exec" | "attach" | "portforward") => {
+        ("Pod", "log") => {
+            "this API server of a lab keeps objects only and reaches into no container: use `podway lab logs \
+             NAMESPACE/POD -c CONTAINER` instead"
+        }
+        ("Pod", "exec" | "attach" | "portforward") => {
             "this API server of a lab keeps objects only and reaches into no container: use `podway lab exec \
              NAMESPACE/POD -- COMMAND` instead"
         }
@@ -163,13 +172,31 @@ impl Call<'_> {
         }
         let key = self.target.key()?;
         let exists = self.store.get(&key).is_ok();
-        let patched = self.store.patch(&key, &patch, part, self.query.write()?)?;
+        let patched = self.patched(&key, &patch, part)?;
         let status = if exists { StatusCode::OK } else { StatusCode::CREATED };
         let mut response = bytes_response(status, presenter.object(&patched));
         if matches!(patch, Patch::Apply(_)) {
             response.headers_mut().insert(header::WARNING, HeaderValue::from_static(APPLY_WARNING));
         }
         Ok(response)
+    }
+
+    /// Patches an object in the shape that the client knows.
+    fn patched(&self, key: &ResourceKey, patch: &Patch, part: Subresource) -> Result<Arc<Value>, ApiError> {
+        let options = self.query.write()?;
+        let mut attempts = PATCH_ATTEMPTS;
+        while autoscaling::is_older(&self.target.kind, &self.target.version) {
+            let Ok(current) = self.store.get(key) else { break };
+            let mut object = autoscaling::to_older(&current);
+            json::fields(&mut object).insert("apiVersion".to_owned(), json!(self.target.api_version()));
+            let object = patch.apply_to(&self.target.kind, &object)?;
+            attempts -= 1;
+            match self.store.update(key, object, part, options) {
+                Err(error) if error.is_conflict() && attempts > 0 => {}
+                done => return done,
+            }
+        }
+        self.store.patch(key, patch, part, options)
     }
 
     fn delete(&self) -> Result<Response<ResponseBody>, ApiError> {

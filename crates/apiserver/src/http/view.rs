@@ -7,22 +7,26 @@ use std::sync::Arc;
 
 use super::media::{Form, IncludeObject};
 use super::route::Target;
+use crate::autoscaling;
 use crate::events;
 use crate::json;
 use crate::store::{List, WatchEvent};
 use crate::table::Table;
 
-/// One object on its way out; nothing is copied.
+/// One object on its way out; nothing is copied but what has another shape in the client's version.
 struct View<'a> {
     object: &'a Value,
     /// `apiVersion` and `kind` to write; `None` leaves them out, as in lists.
     type_: Option<(&'a str, &'a str)>,
     new_events: bool,
+    older_autoscaler: bool,
 }
 
 impl Serialize for View<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Some(fields) = self.object.as_object() else { return self.object.serialize(serializer) };
+        let older = self.older_autoscaler.then(|| autoscaling::to_older(self.object));
+        let object = older.as_ref().unwrap_or(self.object);
+        let Some(fields) = object.as_object() else { return object.serialize(serializer) };
         let mut map = serializer.serialize_map(None)?;
         if let Some((api_version, kind)) = self.type_ {
             map.serialize_entry("kind", kind)?;
@@ -73,6 +77,7 @@ pub(super) struct Presenter {
     /// Items of lists carry their type.
     typed_items: bool,
     new_events: bool,
+    older_autoscaler: bool,
     form: Form,
     table: Option<Table>,
     /// Whether a watch has sent the table's columns.
@@ -91,6 +96,7 @@ impl Presenter {
             list_kind: target.kind.list_kind.clone(),
             typed_items: target.kind.custom,
             new_events: target.new_events,
+            older_autoscaler: autoscaling::is_older(&target.kind, &target.version),
             table: matches!(form, Form::Table(_)).then(|| Table::of(&target.kind, &target.version)),
             form,
             columns_sent: false,
@@ -181,6 +187,7 @@ impl Presenter {
             object,
             type_: typed.then_some((self.api_version.as_str(), self.kind.as_str())),
             new_events: self.new_events,
+            older_autoscaler: self.older_autoscaler,
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::options::{StoreConfig, Subresource, WriteOptions};
 use super::state::State;
+use crate::autoscaling;
 use crate::crd;
 use crate::error::{ApiError, Cause};
 use crate::events;
@@ -32,7 +33,7 @@ impl State {
         now: Timestamp,
     ) -> Result<Arc<Value>, ApiError> {
         let kind = Arc::clone(&self.known(resource)?.kind);
-        set_type(&kind, &mut object)?;
+        set_type(&kind, &mut object, None)?;
         set_namespace(&kind, namespace, &mut object)?;
         if !json::get_str(&object, &["metadata", "resourceVersion"]).is_empty() {
             return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
@@ -98,7 +99,7 @@ impl State {
     ) -> Result<Arc<Value>, ApiError> {
         let current = Arc::clone(self.get(key)?);
         let kind = Arc::clone(&self.known(&key.resource)?.kind);
-        set_type(&kind, &mut object)?;
+        set_type(&kind, &mut object, Some(&current))?;
         set_namespace(&kind, &key.namespace, &mut object)?;
         check_identity(&kind, key, &current, &object)?;
 
@@ -165,7 +166,7 @@ impl State {
             (Some(current), _) => Arc::clone(current),
             (None, Patch::Apply(object)) if part == Subresource::Main => {
                 let mut object = object.clone();
-                set_type(&kind, &mut object)?;
+                set_type(&kind, &mut object, None)?;
                 let name = json::name(&object);
                 if !name.is_empty() && name != key.name {
                     return Err(name_mismatch(name, &key.name));
@@ -178,7 +179,7 @@ impl State {
         let mut patched = patch.apply_to(&kind, &current)?;
         // An applied configuration may be written for any version that is served.
         if matches!(patch, Patch::Apply(_)) {
-            set_type(&kind, &mut patched)?;
+            set_type(&kind, &mut patched, Some(&current))?;
         }
         self.update(config, key, patched, part, options, now)
     }
@@ -278,7 +279,7 @@ impl State {
 }
 
 /// Checks the object's type against the resource's and sets it to the stored version.
-fn set_type(kind: &KindInfo, object: &mut Value) -> Result<(), ApiError> {
+fn set_type(kind: &KindInfo, object: &mut Value, current: Option<&Value>) -> Result<(), ApiError> {
     if !object.is_object() {
         return Err(ApiError::bad_request("the body of the request is not a JSON object"));
     }
@@ -306,6 +307,7 @@ fn set_type(kind: &KindInfo, object: &mut Value) -> Result<(), ApiError> {
             "the API version in the data ({found}) does not match the expected API version ({expected})"
         )));
     }
+    autoscaling::to_stored(kind, object, current);
     let fields = json::fields(object);
     fields.insert("kind".to_owned(), json!(kind.kind));
     fields.insert("apiVersion".to_owned(), json!(kind.api_version(kind.storage_version())));
