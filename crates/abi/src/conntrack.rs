@@ -1,6 +1,6 @@
 //! The connection table's key and value.
 
-use crate::{Addr, assert_layout};
+use crate::{Addr, Endpoint, Mac, assert_layout};
 
 /// A flow, the same key for both directions: of the two ends, `a` is the one with the smaller
 /// (address, port), compared as the words lie in memory.
@@ -50,8 +50,77 @@ pub struct CtEntry {
     pub flags: u32,
     /// Seconds without a packet after which the flow is over.
     pub idle_limit_s: u32,
+    /// Where packets from end `a` of the key go.
+    pub from_a: CtRoute,
+    /// Where packets from end `b` of the key go.
+    pub from_b: CtRoute,
 }
-assert_layout!(CtEntry, 56);
+assert_layout!(CtEntry, 168);
+
+impl CtEntry {
+    /// No flow.
+    pub const NONE: Self = Self {
+        created_ns: 0,
+        last_seen_ns: 0,
+        packets: [0; 2],
+        bytes: [0; 2],
+        flags: 0,
+        idle_limit_s: 0,
+        from_a: CtRoute::NONE,
+        from_b: CtRoute::NONE,
+    };
+}
+
+/// Where the packets of one direction of a flow go, and what was checked about them: what the look-ups for one
+/// packet found, so that the packets behind it need none.
+///
+/// It holds for packets that come in the same way, for as long as the tables are those of [`CtRoute::generation`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct CtRoute {
+    /// Generation of the tables that it was found in; 0 when nothing was found yet.
+    pub generation: u32,
+    /// Interface that the packets come in on.
+    pub ingress: u32,
+    /// Out of the tunnel: the node that the packets come from. With [`way::TUNNEL`]: the node that they go to.
+    pub node: Addr,
+    /// With [`way::POD`]: the pod that they go to.
+    pub target: Endpoint,
+    /// From a pod: the link-layer address that the packets carry.
+    pub from_mac: Mac,
+    /// Number of the [`crate::Hook`] that they come to.
+    pub hook: u8,
+    /// See [`way`].
+    pub way: u8,
+}
+assert_layout!(CtRoute, 56);
+
+impl CtRoute {
+    /// Nothing found.
+    pub const NONE: Self = Self {
+        generation: 0,
+        ingress: 0,
+        node: Addr::UNSPECIFIED,
+        target: Endpoint::NONE,
+        from_mac: [0; 6],
+        hook: 0,
+        way: way::NONE,
+    };
+}
+
+/// Values of [`CtRoute::way`].
+pub mod way {
+    /// Nowhere yet.
+    pub const NONE: u8 = 0;
+    /// Into a pod of this node.
+    pub const POD: u8 = 1;
+    /// Through the tunnel.
+    pub const TUNNEL: u8 = 2;
+    /// On the underlay device, by the node's routes.
+    pub const UPLINK: u8 = 3;
+    /// To the node's stack.
+    pub const STACK: u8 = 4;
+}
 
 /// Bits of [`CtEntry::flags`].
 pub mod ct_flags {

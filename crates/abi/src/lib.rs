@@ -15,7 +15,7 @@ pub mod services;
 mod tables;
 
 pub use addr::Addr;
-pub use conntrack::{CtEntry, CtKey, Direction, ct_flags};
+pub use conntrack::{CtEntry, CtKey, CtRoute, Direction, ct_flags, way};
 pub use reason::{Hook, REASON_SLOTS, Reason, counter_index};
 pub use tables::{
     Counter, Endpoint, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, Mac, NodeConfig, Peer, Source,
@@ -23,7 +23,7 @@ pub use tables::{
 };
 
 /// Version of every layout in this crate; part of the pin path of the maps.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Fails the build when `T` has padding: the sum of its fields must be its size.
 macro_rules! assert_layout {

@@ -44,8 +44,12 @@ pub struct NodeConfig {
     pub tunnel_ifindex: u32,
     /// VXLAN network identifier.
     pub vni: u32,
+    /// UDP port of the tunnel, host byte order; 0 in direct mode.
+    pub tunnel_port: u32,
+    /// This node's end of its tunnels; [`Addr::UNSPECIFIED`] in direct mode.
+    pub underlay: Addr,
 }
-assert_layout!(NodeConfig, 20);
+assert_layout!(NodeConfig, 40);
 
 /// Bits of [`Endpoint::flags`].
 pub mod endpoint_flags {
@@ -69,6 +73,11 @@ pub struct Endpoint {
     pub flags: u32,
 }
 assert_layout!(Endpoint, 24);
+
+impl Endpoint {
+    /// No pod.
+    pub const NONE: Self = Self { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6], flags: 0 };
+}
 
 /// What a pod may send as, found by the interface index of the host side of its veth.
 #[repr(C)]

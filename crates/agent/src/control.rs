@@ -485,8 +485,8 @@ impl Control {
 
     fn program(&mut self, own: &OwnNode, local: &Local) -> Result<(), podway_bpf_host::Error> {
         let mode = match (self.config.mode, local.tunnel) {
-            (NetworkMode::Vxlan { vni, .. }, Some(tunnel_ifindex)) => {
-                Mode::Overlay { tunnel_ifindex, vni, underlay_v6: own.underlay.is_ipv6() }
+            (NetworkMode::Vxlan { vni, port }, Some(tunnel_ifindex)) => {
+                Mode::Overlay { tunnel_ifindex, vni, port, underlay: own.underlay }
             }
             _ => Mode::Direct,
         };

@@ -10,6 +10,7 @@ mod attach;
 mod bpffs;
 mod error;
 mod flows;
+mod generation;
 mod object;
 mod peers;
 mod report;
@@ -55,8 +56,10 @@ pub enum Mode {
         tunnel_ifindex: u32,
         /// VXLAN network identifier, 24 bits.
         vni: u32,
-        /// Whether the outer header is IPv6.
-        underlay_v6: bool,
+        /// UDP port of the tunnel.
+        port: u16,
+        /// This node's end of its tunnels, which says the outer header's family.
+        underlay: IpAddr,
     },
     /// By the node's routes.
     Direct,
@@ -91,6 +94,7 @@ pub struct Datapath {
     pods: Mutex<Pods>,
     peers: Mutex<peers::Peers>,
     flows: Mutex<flows::Flows>,
+    generation: generation::Generation,
     counters: PerCpuArray<MapData, AbiCounter>,
     /// The kernel's number of the configuration map.
     config_id: u32,
@@ -141,8 +145,12 @@ impl Datapath {
             Map::Array(data) => data.info().map_err(|e| Error::map("CONFIG", e))?.id(),
             _ => return Err(Error::Missing { what: "array", name: "CONFIG" }),
         };
+        let generation = generation::Generation::new(take(&mut ebpf, "GENERATION")?)?;
+        // What an agent before this one wrote last, it may not have lived to announce.
+        generation.raise()?;
         Ok(Self {
             pin_dir: pin_dir.to_owned(),
+            generation,
             method,
             config_id,
             config: Mutex::new(Array::try_from(config)?),
@@ -176,17 +184,19 @@ impl Datapath {
     pub fn set_config(&self, config: &NodeConfig) -> Result<()> {
         let mut abi = podway_abi::NodeConfig { uplink_ifindex: config.uplink_ifindex, ..Default::default() };
         match config.mode {
-            Mode::Overlay { tunnel_ifindex, vni, underlay_v6 } => {
+            Mode::Overlay { tunnel_ifindex, vni, port, underlay } => {
                 abi.mode = podway_abi::mode::OVERLAY;
                 abi.tunnel_ifindex = tunnel_ifindex;
                 abi.vni = vni;
-                if underlay_v6 {
+                abi.tunnel_port = port.into();
+                abi.underlay = Addr::from(underlay);
+                if underlay.is_ipv6() {
                     abi.flags |= podway_abi::node_flags::UNDERLAY_V6;
                 }
             }
             Mode::Direct => abi.mode = podway_abi::mode::DIRECT,
         }
-        lock(&self.config).set(0, abi, 0).map_err(|e| Error::map("CONFIG", e))
+        self.generation.after(|| lock(&self.config).set(0, abi, 0).map_err(|e| Error::map("CONFIG", e)))
     }
 
     /// Makes a pod known: from now on its packets are accepted and packets for it delivered.
@@ -196,27 +206,7 @@ impl Datapath {
     /// full.
     pub fn set_endpoint(&self, endpoint: &Endpoint) -> Result<()> {
         let source = source_of(endpoint)?;
-        let mut pods = lock(&self.pods);
-        let stale = pods.sources.get(&endpoint.ifindex, 0).ok();
-        pods.sources.insert(endpoint.ifindex, source, 0).map_err(|e| Error::map("SOURCES", e))?;
-        let value = podway_abi::Endpoint {
-            ifindex: endpoint.ifindex,
-            id: endpoint.id,
-            pod_mac: endpoint.pod_mac,
-            host_mac: endpoint.host_mac,
-            flags: if endpoint.queued { podway_abi::endpoint_flags::QUEUED } else { 0 },
-        };
-        for ip in &endpoint.addresses {
-            pods.endpoints.insert(Addr::from(*ip), value, 0).map_err(|e| Error::map("ENDPOINTS", e))?;
-        }
-        if let Some(old) = stale {
-            for addr in [old.v4, old.v6] {
-                if addr != source.v4 && addr != source.v6 {
-                    pods.forget_address(&addr, endpoint.ifindex)?;
-                }
-            }
-        }
-        Ok(())
+        self.generation.after(|| lock(&self.pods).set(endpoint, source))
     }
 
     /// Forgets the pod behind an interface; an unknown one is not an error.
@@ -224,12 +214,7 @@ impl Datapath {
     /// # Errors
     /// When the kernel refuses the map update.
     pub fn remove_endpoint(&self, ifindex: u32) -> Result<()> {
-        let mut pods = lock(&self.pods);
-        let Ok(source) = pods.sources.get(&ifindex, 0) else { return Ok(()) };
-        for addr in [source.v4, source.v6] {
-            pods.forget_address(&addr, ifindex)?;
-        }
-        ignore_missing(pods.sources.remove(&ifindex), "SOURCES")
+        self.generation.after(|| lock(&self.pods).remove(ifindex))
     }
 
     /// The pods that the datapath knows.
@@ -280,6 +265,37 @@ impl Datapath {
 }
 
 impl Pods {
+    fn set(&mut self, endpoint: &Endpoint, source: Source) -> Result<()> {
+        let stale = self.sources.get(&endpoint.ifindex, 0).ok();
+        self.sources.insert(endpoint.ifindex, source, 0).map_err(|e| Error::map("SOURCES", e))?;
+        let value = podway_abi::Endpoint {
+            ifindex: endpoint.ifindex,
+            id: endpoint.id,
+            pod_mac: endpoint.pod_mac,
+            host_mac: endpoint.host_mac,
+            flags: if endpoint.queued { podway_abi::endpoint_flags::QUEUED } else { 0 },
+        };
+        for ip in &endpoint.addresses {
+            self.endpoints.insert(Addr::from(*ip), value, 0).map_err(|e| Error::map("ENDPOINTS", e))?;
+        }
+        if let Some(old) = stale {
+            for addr in [old.v4, old.v6] {
+                if addr != source.v4 && addr != source.v6 {
+                    self.forget_address(&addr, endpoint.ifindex)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, ifindex: u32) -> Result<()> {
+        let Ok(source) = self.sources.get(&ifindex, 0) else { return Ok(()) };
+        for addr in [source.v4, source.v6] {
+            self.forget_address(&addr, ifindex)?;
+        }
+        ignore_missing(self.sources.remove(&ifindex), "SOURCES")
+    }
+
     /// Removes an address from the endpoint table if it still belongs to `ifindex`.
     fn forget_address(&mut self, addr: &Addr, ifindex: u32) -> Result<()> {
         if *addr == Addr::UNSPECIFIED {

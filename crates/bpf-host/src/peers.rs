@@ -70,8 +70,12 @@ impl Datapath {
             Some(known) => known,
             None => peers.read()?,
         };
-        let result = peers.write_difference(&mut known, wanted);
+        let mut result = peers.write_difference(&mut known, wanted);
         peers.known = Some(known);
+        if !result.as_ref().is_ok_and(|report| report.written + report.removed == 0) {
+            let raised = self.generation.raise();
+            result = result.and_then(|report| raised.map(|()| report));
+        }
         result
     }
 

@@ -25,9 +25,10 @@ use podway_datapath_cases::{
     At,
     cases::{self, Case},
     frames::{L4, PAYLOAD, ip},
+    sequences::{self, Step},
     world::{
-        HOST_1_MAC, HOST_2_MAC, Interfaces, NODE, OTHER_NODE, OTHER_RANGES, POD_1, POD_1_MAC, POD_2,
-        POD_2_MAC,
+        Change, HOST_1_MAC, HOST_2_MAC, HOST_3_MAC, Interfaces, NODE, OTHER_NODE, OTHER_RANGES, POD_1,
+        POD_1_MAC, POD_2, POD_2_MAC, POD_3_MAC, THIRD_NODE,
     },
 };
 use podway_link::{AddressFlags, Netlink, Netns, Route, VethSpec, VxlanSpec, sysctl};
@@ -45,7 +46,7 @@ const NEVER: Duration = Duration::from_millis(30);
 struct Net {
     prefix: String,
     node: Netns,
-    pods: [Netns; 2],
+    pods: [Netns; 3],
     wire: Netns,
     interfaces: Interfaces,
 }
@@ -54,7 +55,8 @@ impl Net {
     fn new(prefix: &str) -> Self {
         remove(prefix);
         let named = |name: &str| Netns::create_named(&format!("{prefix}-{name}")).unwrap();
-        let (node, pods, wire) = (named("node"), [named("pod1"), named("pod2")], named("wire"));
+        let (node, wire) = (named("node"), named("wire"));
+        let pods = [named("pod1"), named("pod2"), named("pod3")];
         node.run(|| {
             for name in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
                 sysctl::write(name, "1").unwrap();
@@ -85,9 +87,10 @@ impl Net {
         };
         let pod_1 = pod("pod1", HOST_1_MAC, POD_1_MAC, &pods[0]);
         let pod_2 = pod("pod2", HOST_2_MAC, POD_2_MAC, &pods[1]);
+        let pod_3 = pod("pod3", HOST_3_MAC, POD_3_MAC, &pods[2]);
         let uplink = pod("eth0", NODE_MAC, WIRE_MAC, &wire);
         let tunnel = netlink.create_vxlan(&VxlanSpec::default()).unwrap().index;
-        let interfaces = Interfaces { pod_1, pod_2, uplink, tunnel };
+        let interfaces = Interfaces { pod_1, pod_2, pod_3, uplink, tunnel };
         for (family, node_address) in NODE.iter().enumerate() {
             let len = if family == 0 { 16 } else { 64 };
             let address = IpNet::new(node_address.parse().unwrap(), len).unwrap();
@@ -95,21 +98,38 @@ impl Net {
             netlink.add_address(uplink, address, flags).unwrap();
             let other = OTHER_NODE[family].parse().unwrap();
             netlink.replace_neighbour(uplink, other, WIRE_MAC).unwrap();
+            netlink.replace_neighbour(uplink, THIRD_NODE[family].parse().unwrap(), WIRE_MAC).unwrap();
             let (range, len) = OTHER_RANGES[family];
-            let dst = IpNet::new(range.parse().unwrap(), len).unwrap();
-            let route = Route {
-                dst,
-                via: Some(other),
-                dev: uplink,
-                src: None,
-                mtu: None,
-                scope_link: false,
-                onlink: false,
-                protocol: podway_link::ROUTE_PROTOCOL,
-            };
-            netlink.replace_route(&route).unwrap();
+            netlink.replace_route(&route_to_other(family, range, len, uplink)).unwrap();
         }
         Self { prefix: prefix.to_owned(), node, pods, wire, interfaces }
+    }
+
+    /// Whether the other node has the second pod's addresses, as far as the node's routes are concerned.
+    fn route_pod_2(&self, on_other: bool) {
+        let mut netlink = Netlink::open_in(&self.node).unwrap();
+        for (family, len) in [32, 128].into_iter().enumerate() {
+            let route = route_to_other(family, POD_2[family], len, self.interfaces.uplink);
+            if on_other {
+                netlink.replace_route(&route).unwrap();
+            } else {
+                netlink.delete_route(&route).unwrap();
+            }
+        }
+    }
+}
+
+/// A route to the other node, as its agent would have made it.
+fn route_to_other(family: usize, range: &str, len: u8, uplink: u32) -> Route {
+    Route {
+        dst: IpNet::new(range.parse().unwrap(), len).unwrap(),
+        via: Some(OTHER_NODE[family].parse().unwrap()),
+        dev: uplink,
+        src: None,
+        mtu: None,
+        scope_link: false,
+        onlink: false,
+        protocol: podway_link::ROUTE_PROTOCOL,
     }
 }
 
@@ -213,6 +233,7 @@ fn receive(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
 struct Taps {
     pod_1: Tap,
     pod_2: Tap,
+    pod_3: Tap,
     wire: Tap,
     node_pod_1: Tap,
     node_tunnel: Tap,
@@ -224,6 +245,7 @@ fn run_all(name: &str, method: AttachMethod) {
     let taps = Taps {
         pod_1: Tap::open(&net.pods[0], "eth0"),
         pod_2: Tap::open(&net.pods[1], "eth0"),
+        pod_3: Tap::open(&net.pods[2], "eth0"),
         wire: Tap::open(&net.wire, "eth0"),
         node_pod_1: Tap::open(&net.node, "pod1"),
         node_tunnel: Tap::open(&net.node, "podway_vxlan"),
@@ -234,6 +256,7 @@ fn run_all(name: &str, method: AttachMethod) {
             for _ in 0..2 {
                 test.get().attach_pod(net.interfaces.pod_1).unwrap();
                 test.get().attach_pod(net.interfaces.pod_2).unwrap();
+                test.get().attach_pod(net.interfaces.pod_3).unwrap();
                 test.get().attach_uplink(net.interfaces.uplink).unwrap();
                 test.get().attach_tunnel(net.interfaces.tunnel).unwrap();
             }
@@ -256,6 +279,24 @@ fn run_all(name: &str, method: AttachMethod) {
         }
     }
     println!("{run} cases on devices");
+    for sequence in sequences::all() {
+        test.fill(sequence.overlay, &net.interfaces);
+        net.route_pod_2(false);
+        // What earlier sequences left of the same flow is looked up anew, because the tables changed.
+        for (number, step) in sequence.steps.into_iter().enumerate() {
+            match step {
+                Step::Change(change) => {
+                    test.change(sequence.overlay, &net.interfaces, change);
+                    net.route_pod_2(change == Change::Pod2Moves);
+                }
+                Step::Packet { hook, at, frame, outer, expect, .. } => {
+                    let name = format!("{}, step {number}", sequence.name);
+                    let overlay = sequence.overlay;
+                    check(&test, &taps, &Case { name, overlay, hook, at, frame, outer, expect });
+                }
+            }
+        }
+    }
     net.node
         .run(|| {
             test.get().detach_uplink(net.interfaces.uplink).unwrap();
@@ -280,6 +321,7 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
     let before = test.count(hook, reason);
     match (case.at, case.hook) {
         (At::Pod1, Hook::FromPod) => taps.pod_1.send(&case.frame),
+        (At::Pod2, _) => taps.pod_2.send(&case.frame),
         (At::Pod1, _) => taps.node_pod_1.send(&case.frame),
         (At::Uplink, _) => taps.wire.send(&to_node(&case.frame)),
         (At::Tunnel, Hook::ToTunnel) => taps.node_tunnel.send(&case.frame),
@@ -289,7 +331,11 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
     match case.expect.verdict {
         Verdict::ToPod | Verdict::ToPodQueue => {
             let target = case.expect.target.unwrap();
-            let tap = if target == 1 { &taps.pod_1 } else { &taps.pod_2 };
+            let tap = match target {
+                1 => &taps.pod_1,
+                2 => &taps.pod_2,
+                _ => &taps.pod_3,
+            };
             let expected = cases::delivered(&case.frame, target);
             let got = tap.receive(SOON, |f| f[..expected.len().min(f.len())] == expected);
             assert!(got.is_some(), "{}: not delivered", case.name);
@@ -298,7 +344,8 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
             let tail = &case.frame[14..];
             let got = taps.wire.receive(SOON, |f| f.ends_with(tail) && f.len() > case.frame.len() + 36);
             let outer = got.unwrap_or_else(|| panic!("{}: nothing on the wire", case.name));
-            assert_eq!(outer[14 + 16..14 + 20], [172, 18, 1, 2], "{}: outer destination", case.name);
+            let end = case.expect.tunnel.unwrap().v4_word().to_ne_bytes();
+            assert_eq!(outer[14 + 16..14 + 20], end, "{}: outer destination", case.name);
             assert_eq!(outer[36..38], VXLAN_PORT.to_be_bytes(), "{}: outer port", case.name);
             assert_eq!(outer[46..49], [0, 0, 1], "{}: VNI", case.name);
         }
@@ -308,7 +355,8 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
             assert_eq!(frame[..12], [WIRE_MAC, NODE_MAC].concat(), "{}: link-layer addresses", case.name);
         }
         Verdict::Drop => {
-            for (name, tap) in [("pod 1", &taps.pod_1), ("pod 2", &taps.pod_2), ("wire", &taps.wire)] {
+            let pods = [("pod 1", &taps.pod_1), ("pod 2", &taps.pod_2), ("pod 3", &taps.pod_3)];
+            for (name, tap) in pods.into_iter().chain([("wire", &taps.wire)]) {
                 let leaked = tap.receive(NEVER / 3, |f| f.ends_with(&case.frame[case.frame.len().min(34)..]));
                 assert!(leaked.is_none() || case.frame.len() < 48, "{}: leaked to {name}", case.name);
             }

@@ -18,7 +18,8 @@ use support::{TestDatapath, can_run};
 
 /// The loopback device stands for the first pod's link: a test run needs a device that exists, and sends
 /// nothing through it. The other numbers are of no device.
-const INTERFACES: Interfaces = Interfaces { pod_1: 1, pod_2: 4_002, uplink: 4_003, tunnel: 4_004 };
+const INTERFACES: Interfaces =
+    Interfaces { pod_1: 1, pod_2: 4_002, pod_3: 4_005, uplink: 4_003, tunnel: 4_004 };
 
 const TC_ACT_OK: i32 = 0;
 const TC_ACT_SHOT: i32 = 2;
@@ -125,7 +126,7 @@ fn an_object_of_maps_is_found_again_and_removed() {
     test.fill(true, &INTERFACES);
     let endpoints = test.get().endpoints().unwrap();
     let peers = test.get().peers().unwrap();
-    assert_eq!((endpoints.len(), peers.len()), (2, 8));
+    assert_eq!((endpoints.len(), peers.len()), (2, 10));
     // The agent goes; its successor finds what it left.
     test.datapath.take();
     test.datapath = Some(Datapath::load(&test.pin_dir).unwrap());

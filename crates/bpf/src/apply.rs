@@ -2,18 +2,21 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{
-        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key,
+    bindings::{BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_OK, TC_ACT_SHOT, bpf_tunnel_key},
+    helpers::generated::{
+        bpf_csum_update, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_set_tunnel_key,
     },
-    helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_set_tunnel_key},
     programs::TcContext,
 };
-use podway_abi::{Hook, NodeConfig, Reason};
-use podway_datapath::{Scratch, Tables, Verdict, decide, packet::Kind};
+use podway_abi::{Endpoint, Hook, Mac, NodeConfig, Reason};
+use podway_datapath::{
+    Scratch, Tables, Verdict, decide,
+    packet::{ETH_LEN, Kind},
+};
 
 use crate::{
     maps::{self, Maps},
-    skb::{SkbBytes, SkbEnv, is_underlay_v6},
+    skb::{SkbBytes, SkbEnv, is_underlay_v6, linear},
 };
 
 /// Mark of a packet that a hook decided about and sent to another device of ours: to the tunnel device with its key
@@ -72,12 +75,8 @@ fn pass(ctx: &TcContext, hook: Hook) -> i32 {
 /// of this side, whose queue limits the pod's bandwidth.
 #[inline(always)]
 fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch, queued: bool) -> Option<i32> {
-    decrement_ttl(ctx, scratch)?;
-    let target = &scratch.target;
-    let [d0, d1, d2, d3, d4, d5] = target.pod_mac;
-    let [s0, s1, s2, s3, s4, s5] = target.host_mac;
-    let macs = [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5];
-    ctx.store(0, &macs, 0).ok()?;
+    let target = &scratch.route.target;
+    rewrite_headers(ctx, scratch.packet.kind, target)?;
     if !matches!(hook, Hook::FromPod) {
         ctx.change_type(PACKET_HOST).ok()?;
     }
@@ -100,10 +99,10 @@ fn to_tunnel(ctx: &TcContext, scratch: &Scratch, redirect: bool) -> Option<i32> 
     key.tunnel_ttl = OUTER_TTL;
     let mut flags = BPF_F_ZERO_CSUM_TX as u64;
     if is_underlay_v6(&config) {
-        key.__bindgen_anon_1.remote_ipv6 = scratch.tunnel.words;
+        key.__bindgen_anon_1.remote_ipv6 = scratch.route.node.words;
         flags |= BPF_F_TUNINFO_IPV6 as u64;
     } else {
-        key.__bindgen_anon_1.remote_ipv4 = u32::from_be(scratch.tunnel.v4_word());
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be(scratch.route.node.v4_word());
     }
     // SAFETY: `key` is as large as the size given says.
     let result = unsafe {
@@ -128,19 +127,42 @@ fn to_uplink() -> Option<i32> {
     Some(unsafe { bpf_redirect_neigh(config.uplink_ifindex, core::ptr::null_mut(), 0, 0) } as i32)
 }
 
-/// One hop less, and the IPv4 header checksum to match.
+/// The link-layer addresses of the pod's link, one hop less, and the IPv4 header's checksum to match.
 #[inline(always)]
-fn decrement_ttl(ctx: &TcContext, scratch: &Scratch) -> Option<()> {
-    let ttl = scratch.packet.ttl;
-    match scratch.packet.kind {
-        Kind::V4 => {
-            // The checksum helper takes the 16-bit word of TTL and protocol as it lies in memory.
-            let old = u16::from_ne_bytes([ttl, scratch.packet.proto]);
-            let new = u16::from_ne_bytes([ttl.wrapping_sub(1), scratch.packet.proto]);
-            ctx.l3_csum_replace(14 + 10, old as u64, new as u64, 2).ok()?;
-            ctx.store(14 + 8, &ttl.wrapping_sub(1), 0).ok()
+fn rewrite_headers(ctx: &TcContext, kind: Kind, target: &Endpoint) -> Option<()> {
+    let len = match kind {
+        Kind::V4 => ETH_LEN + 20,
+        Kind::V6 => ETH_LEN + 40,
+        Kind::Arp => return None,
+    };
+    let start = match linear(ctx, len) {
+        Some(start) => start,
+        None => {
+            ctx.pull_data(len as u32).ok()?;
+            linear(ctx, len)?
         }
-        Kind::V6 => ctx.store(14 + 7, &ttl.wrapping_sub(1), 0).ok(),
-        Kind::Arp => Some(()),
+    };
+    // SAFETY: `start` is followed by `len` bytes of linear, writable buffer, which the verifier checks again; nothing
+    // in between moves them. Needed because every helper that stores costs more than what it writes.
+    unsafe {
+        core::ptr::copy_nonoverlapping(&target.pod_mac, start.cast::<Mac>(), 1);
+        core::ptr::copy_nonoverlapping(&target.host_mac, start.add(6).cast::<Mac>(), 1);
+        match kind {
+            Kind::V4 => {
+                *start.add(ETH_LEN + 8) = (*start.add(ETH_LEN + 8)).wrapping_sub(1);
+                // RFC 1624: the word of TTL and protocol is less by 0x0100, so the complement's sum is more by that.
+                let at = start.add(ETH_LEN + 10).cast::<u16>();
+                let sum = u16::from_be(at.read_unaligned()) as u32 + 0x0100;
+                at.write_unaligned(((sum + (sum >= 0xffff) as u32) as u16).to_be());
+            }
+            _ => {
+                let hops = *start.add(ETH_LEN + 7);
+                *start.add(ETH_LEN + 7) = hops.wrapping_sub(1);
+                // IPv6 has no checksum of its own that would make up for the change within what a device summed.
+                let less = !(u16::from_ne_bytes([0, 1]) as u32);
+                bpf_csum_update(ctx.skb.skb, less);
+            }
+        }
     }
+    Some(())
 }

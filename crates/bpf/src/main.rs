@@ -4,7 +4,7 @@
 //! the helpers of the kernel. Kernel floor: 6.1.
 #![no_std]
 #![no_main]
-// Atomic addition; see `service_maps`.
+// Atomic addition, see `service_maps`; loads that are not aligned, see `skb`.
 #![feature(asm_experimental_arch)]
 
 mod apply;

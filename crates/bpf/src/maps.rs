@@ -8,13 +8,16 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use podway_abi::{
-    Addr, Counter, CtEntry, CtKey, Endpoint, Hook, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS, MAX_PREFIXES, NodeConfig,
-    Peer, REASON_SLOTS, Reason, Source, counter_index,
+    Addr, Counter, CtEntry, CtKey, CtRoute, Endpoint, Hook, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS,
+    MAX_PREFIXES, NodeConfig, Peer, REASON_SLOTS, Reason, Source, counter_index,
 };
-use podway_datapath::{Observation, Scratch, Tables, track};
+use podway_datapath::{Found, Observation, Scratch, Tables, track};
 
 #[map]
 static CONFIG: Array<NodeConfig> = Array::pinned(1, 0);
+
+#[map]
+static GENERATION: Array<u32> = Array::pinned(1, 0);
 
 #[map]
 static ENDPOINTS: HashMap<Addr, Endpoint> = HashMap::pinned(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
@@ -96,13 +99,31 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn observe(&self, key: &CtKey, observation: &Observation) -> Option<CtEntry> {
-        let slot = CONNTRACK.get_ptr_mut(key)?;
-        // SAFETY: the entry lives until the end of the program at least (RCU). Another CPU may write the same
-        // flow at the same time, or the LRU give the slot to another flow: counters may then miss a packet,
-        // which is what a tracked flow may cost. Needed to update without a second look-up.
-        let entry = unsafe { &mut *slot };
-        track::observe(entry, observation);
-        Some(*entry)
+    fn generation(&self) -> u32 {
+        GENERATION.get(0).copied().unwrap_or(0)
     }
+
+    #[inline(always)]
+    fn follow(&self, key: &CtKey, observation: &Observation, route: &mut CtRoute) -> Found {
+        let Some(entry) = flow(key) else { return Found::Nothing };
+        if track::follow(entry, observation, route) { Found::Route } else { Found::Flow }
+    }
+
+    #[inline(always)]
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool {
+        let Some(entry) = flow(key) else { return false };
+        track::observe(entry, observation, route);
+        true
+    }
+}
+
+#[inline(always)]
+fn flow(key: &CtKey) -> Option<&'static mut CtEntry> {
+    let slot = CONNTRACK.get_ptr_mut(key)?;
+    // SAFETY: the entry lives until the end of the program at least (RCU), and no reference is kept longer. Another
+    // CPU may write the same direction of the same flow at the same time: both write the same route then, because it
+    // is written whole and its generation was read before what it holds, and counters may miss a packet. Or the LRU
+    // gives the slot to another flow in this moment: it then starts with this packet's, which its own first packet
+    // overwrites. Needed to update without a second look-up.
+    Some(unsafe { &mut *slot })
 }

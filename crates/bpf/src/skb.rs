@@ -3,20 +3,33 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
-    helpers::{bpf_ktime_get_ns, generated::bpf_skb_get_tunnel_key},
+    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_skb_get_tunnel_key},
     programs::TcContext,
 };
 use podway_abi::{Addr, Hook, NodeConfig, node_flags};
-use podway_datapath::{Bytes, Env, Tables, TunnelKey};
+use podway_datapath::{Bytes, Env, TunnelKey};
 
-use crate::{apply::MARK_DECIDED, maps::Maps};
+use crate::apply::MARK_DECIDED;
 
-/// The packet's bytes, read with the kernel's helper: right for paged buffers too.
+/// The packet's bytes.
 pub struct SkbBytes<'a>(pub &'a TcContext);
 
 impl Bytes for SkbBytes<'_> {
+    /// From the linear part of the buffer, where headers are as a rule; otherwise with the kernel's helper.
     #[inline(always)]
     fn load<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let Some(start) = linear(self.0, offset + N * 4) else { return self.load_far(offset) };
+        let mut words = [0; N];
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: the word is within the linear part, which the verifier checks again. Needed because the helper
+            // costs more than the words.
+            *word = unsafe { load_word(start.add(offset + i * 4)) };
+        }
+        Some(words)
+    }
+
+    #[inline(always)]
+    fn load_far<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
         self.0.load::<[u32; N]>(offset).ok()
     }
 
@@ -24,6 +37,35 @@ impl Bytes for SkbBytes<'_> {
     fn len(&self) -> u32 {
         self.0.len()
     }
+}
+
+/// Start of the packet, when its first `len` bytes lie in the linear part of the buffer. Any helper that changes the
+/// packet ends its validity.
+#[inline(always)]
+pub fn linear(ctx: &TcContext, len: usize) -> Option<*mut u8> {
+    // SAFETY: the context pointer of a running program is valid. Needed: the fields are the only way to the bytes.
+    let (start, end) = unsafe { ((*ctx.skb.skb).data as usize, (*ctx.skb.skb).data_end as usize) };
+    if start + len <= end { Some(start as *mut u8) } else { None }
+}
+
+/// A word of a packet, which need not be aligned: the compiler would put it together from bytes.
+///
+/// # Safety
+/// The four bytes are in the linear part of the packet.
+#[inline(always)]
+unsafe fn load_word(at: *const u8) -> u32 {
+    let word: u64;
+    // SAFETY: a load of bytes that the caller vouches for, with no other effect. Kernels whose machines cannot do it
+    // refuse the program when it is loaded.
+    unsafe {
+        core::arch::asm!(
+            "{word} = *(u32 *)({at} + 0)",
+            word = out(reg) word,
+            at = in(reg) at,
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    word as u32
 }
 
 /// The hook that runs.
@@ -46,10 +88,11 @@ impl Env for SkbEnv<'_> {
         unsafe { (*self.ctx.skb.skb).ifindex }
     }
 
+    /// To the tick: idle limits are seconds, and a flow's entry is written once per tick instead of per packet.
     #[inline(always)]
     fn now_ns(&self) -> u64 {
         // SAFETY: no preconditions.
-        unsafe { bpf_ktime_get_ns() }
+        unsafe { bpf_ktime_get_coarse_ns() }
     }
 
     #[inline(always)]
@@ -59,14 +102,19 @@ impl Env for SkbEnv<'_> {
     }
 
     #[inline(always)]
-    fn tunnel_key(&self) -> Option<TunnelKey> {
-        let v6 = is_underlay_v6(&Maps.config()?);
+    fn tunnel_key(&self, config: &NodeConfig) -> Option<TunnelKey> {
+        let v6 = is_underlay_v6(config);
         // SAFETY: all fields are integers or unions of integers.
         let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
         let flags = if v6 { BPF_F_TUNINFO_IPV6 as u64 } else { 0 };
         // SAFETY: `key` is as large as the size given says.
         let result = unsafe {
-            bpf_skb_get_tunnel_key(self.ctx.as_ptr().cast(), &mut key, size_of::<bpf_tunnel_key>() as u32, flags)
+            bpf_skb_get_tunnel_key(
+                self.ctx.as_ptr().cast(),
+                &mut key,
+                size_of::<bpf_tunnel_key>() as u32,
+                flags,
+            )
         };
         if result != 0 {
             return None;

@@ -6,8 +6,8 @@ use podway_datapath::{TunnelKey, Verdict};
 use crate::{
     frames::{self, L4, TTL, arp, ip, later_fragment, neighbour_solicitation},
     world::{
-        HOST_1_MAC, HOST_2_MAC, NODE, OTHER_NODE, OTHER_POD, OUTSIDE, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
-        VNI, addr,
+        HOST_1_MAC, HOST_2_MAC, HOST_3_MAC, NODE, OTHER_NODE, OTHER_POD, OUTSIDE, POD_1, POD_1_MAC, POD_2,
+        POD_2_MAC, POD_3_MAC, TUNNEL_PORT, VNI, addr,
     },
 };
 
@@ -16,6 +16,8 @@ use crate::{
 pub enum At {
     /// Link of the first pod.
     Pod1,
+    /// Link of the second pod.
+    Pod2,
     /// Underlay device.
     Uplink,
     /// Tunnel device.
@@ -59,18 +61,18 @@ pub struct Case {
     pub expect: Expect,
 }
 
-const GATEWAY: (Mac, Mac) = (POD_1_MAC, HOST_1_MAC);
-const WIRE: (Mac, Mac) = ([0x02, 0, 0, 0, 9, 1], [0x02, 0, 0, 0, 9, 2]);
+pub(crate) const GATEWAY: (Mac, Mac) = (POD_1_MAC, HOST_1_MAC);
+pub(crate) const WIRE: (Mac, Mac) = ([0x02, 0, 0, 0, 9, 1], [0x02, 0, 0, 0, 9, 2]);
 
-const fn pass(reason: Reason) -> Expect {
+pub(crate) const fn pass(reason: Reason) -> Expect {
     Expect { verdict: Verdict::Pass, reason, target: None, tunnel: None, tracked: false }
 }
 
-const fn drop(reason: Reason) -> Expect {
+pub(crate) const fn drop(reason: Reason) -> Expect {
     Expect { verdict: Verdict::Drop, reason, target: None, tunnel: None, tracked: false }
 }
 
-const fn deliver(target: Target) -> Expect {
+pub(crate) const fn deliver(target: Target) -> Expect {
     Expect {
         verdict: Verdict::ToPod,
         reason: Reason::Delivered,
@@ -90,7 +92,7 @@ const fn untracked(mut expect: Expect) -> Expect {
     expect
 }
 
-fn encapsulate(verdict: Verdict, other: &str) -> Expect {
+pub(crate) fn encapsulate(verdict: Verdict, other: &str) -> Expect {
     let tunnel = Some(addr(other));
     Expect {
         verdict,
@@ -101,7 +103,7 @@ fn encapsulate(verdict: Verdict, other: &str) -> Expect {
     }
 }
 
-const ROUTED: Expect =
+pub(crate) const ROUTED: Expect =
     Expect { verdict: Verdict::ToUplink, reason: Reason::Routed, target: None, tunnel: None, tracked: true };
 
 /// Every case.
@@ -114,6 +116,7 @@ pub fn all() -> Vec<Case> {
             of_family.spoofed();
             of_family.at_to_pod();
             of_family.at_from_uplink();
+            of_family.tunnelled_at_from_uplink();
             if overlay {
                 of_family.at_from_tunnel();
                 of_family.at_to_tunnel();
@@ -239,6 +242,24 @@ impl Builder<'_> {
         }
     }
 
+    /// What looks like tunnel traffic is left to the tunnel device if it can only go there.
+    fn tunnelled_at_from_uplink(&mut self) {
+        let vxlan = L4::Udp(50_000, TUNNEL_PORT);
+        // The world's tunnels are over IPv4.
+        let own_end = self.overlay && self.family == 0;
+        let forged = if own_end { pass(Reason::ToStack) } else { drop(Reason::OwnSource) };
+        for (name, src, dst, expect) in [
+            ("from another node", OTHER_NODE, NODE, pass(Reason::ToStack)),
+            ("from beyond the cluster", OUTSIDE, NODE, pass(Reason::ToStack)),
+            ("claiming to be this node", NODE, NODE, forged),
+            ("claiming to be this node, to a pod", NODE, POD_1, drop(Reason::OwnSource)),
+            ("to a pod", OTHER_NODE, POD_1, deliver(1)),
+        ] {
+            let frame = self.ip(WIRE, src, dst, vxlan);
+            self.add(&format!("tunnel port, {name}"), Hook::FromUplink, At::Uplink, frame, expect);
+        }
+    }
+
     fn at_from_tunnel(&mut self) {
         let udp = L4::Udp(40_000, 53);
         let key = |source: &str, vni| Some(TunnelKey { source: addr(source), vni });
@@ -276,6 +297,9 @@ impl Builder<'_> {
         self.add("to beyond the cluster", Hook::ToTunnel, At::Tunnel, frame, drop(Reason::NoPeer));
         let frame = self.ip(WIRE, NODE, POD_1, udp);
         self.add("to a pod of this node", Hook::ToTunnel, At::Tunnel, frame, drop(Reason::NoPeer));
+        let all_nodes = ["224.0.0.1", "ff02::1"];
+        let frame = self.ip(WIRE, NODE, all_nodes, udp);
+        self.add("to all neighbours", Hook::ToTunnel, At::Tunnel, frame, pass(Reason::LinkControl));
     }
 
     fn link_control(&mut self) {
@@ -371,6 +395,7 @@ pub fn delivered(frame: &[u8], target: Target) -> Vec<u8> {
     let (pod, host) = match target {
         1 => (POD_1_MAC, HOST_1_MAC),
         2 => (POD_2_MAC, HOST_2_MAC),
+        3 => (POD_3_MAC, HOST_3_MAC),
         other => panic!("the world has no pod {other}"),
     };
     let mut out = frame.to_vec();

@@ -1,9 +1,12 @@
 //! The decisions' host in user space: hash maps for tables, a slice for the packet.
 
-use std::{cell::RefCell, collections::HashMap};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+};
 
-use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, NodeConfig, Peer, Source};
-use podway_datapath::{Bytes, Env, Observation, Scratch, Tables, TunnelKey, track};
+use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, NodeConfig, Peer, Source};
+use podway_datapath::{Bytes, Env, Found, Observation, Scratch, Tables, TunnelKey, track};
 
 /// Tables in hash maps.
 #[derive(Clone, Debug)]
@@ -16,8 +19,12 @@ pub struct HostTables {
     pub sources: HashMap<u32, Source>,
     /// Prefixes over the 16 bytes, in no order.
     pub peers: Vec<(Addr, u32, Peer)>,
+    /// Number of the tables' state: raised after a change of any of them.
+    pub generation: u32,
     /// Flows.
     pub conntrack: RefCell<HashMap<CtKey, CtEntry>>,
+    /// Look-ups in the tables of pods and peers so far.
+    pub look_ups: Cell<usize>,
 }
 
 impl HostTables {
@@ -28,7 +35,9 @@ impl HostTables {
             endpoints: HashMap::new(),
             sources: HashMap::new(),
             peers: Vec::new(),
+            generation: 1,
             conntrack: RefCell::default(),
+            look_ups: Cell::default(),
         }
     }
 
@@ -46,14 +55,17 @@ impl Tables for HostTables {
     }
 
     fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
+        self.look_ups.set(self.look_ups.get() + 1);
         self.endpoints.get(addr).copied()
     }
 
     fn source(&self, ifindex: u32) -> Option<Source> {
+        self.look_ups.set(self.look_ups.get() + 1);
         self.sources.get(&ifindex).copied()
     }
 
     fn peer(&self, addr: &Addr) -> Option<Peer> {
+        self.look_ups.set(self.look_ups.get() + 1);
         let bits = u128::from_be_bytes(addr.octets());
         self.peers
             .iter()
@@ -65,11 +77,20 @@ impl Tables for HostTables {
             .map(|(_, _, peer)| *peer)
     }
 
-    fn observe(&self, key: &CtKey, observation: &Observation) -> Option<CtEntry> {
+    fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    fn follow(&self, key: &CtKey, observation: &Observation, route: &mut CtRoute) -> Found {
         let mut flows = self.conntrack.borrow_mut();
-        let entry = flows.get_mut(key)?;
-        track::observe(entry, observation);
-        Some(*entry)
+        let Some(entry) = flows.get_mut(key) else { return Found::Nothing };
+        if track::follow(entry, observation, route) { Found::Route } else { Found::Flow }
+    }
+
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool {
+        let mut flows = self.conntrack.borrow_mut();
+        let entry = flows.get_mut(key);
+        entry.map(|entry| track::observe(entry, observation, route)).is_some()
     }
 }
 
@@ -125,7 +146,7 @@ impl Env for HostEnv {
         self.tagged
     }
 
-    fn tunnel_key(&self) -> Option<TunnelKey> {
+    fn tunnel_key(&self, _config: &NodeConfig) -> Option<TunnelKey> {
         self.tunnel_key
     }
 

@@ -7,6 +7,7 @@
 pub mod cases;
 pub mod frames;
 pub mod host;
+pub mod sequences;
 pub mod world;
 
 pub use cases::{At, Case, Expect, all};

@@ -7,26 +7,25 @@ use podway_datapath_cases::{
     At, HostEnv, HostTables, PacketBytes,
     cases::{self, Case},
     frames::{L4, ip},
+    sequences::{self, Step},
     world::{self, Interfaces, POD_1, POD_1_MAC, POD_2},
 };
 use proptest::prelude::*;
 
-const INTERFACES: Interfaces = Interfaces { pod_1: 11, pod_2: 12, uplink: 2, tunnel: 3 };
+const INTERFACES: Interfaces = Interfaces { pod_1: 11, pod_2: 12, pod_3: 13, uplink: 2, tunnel: 3 };
 
 fn env(case: &Case) -> HostEnv {
-    let ifindex = match case.at {
+    env_at(case.hook, case.at, case.outer)
+}
+
+fn env_at(hook: Hook, at: At, tunnel_key: Option<TunnelKey>) -> HostEnv {
+    let ifindex = match at {
         At::Pod1 => INTERFACES.pod_1,
+        At::Pod2 => INTERFACES.pod_2,
         At::Uplink => INTERFACES.uplink,
         At::Tunnel => INTERFACES.tunnel,
     };
-    HostEnv {
-        hook: case.hook,
-        ifindex,
-        now_ns: 1_000_000_000,
-        tagged: false,
-        tunnel_key: case.outer,
-        decided: false,
-    }
+    HostEnv { hook, ifindex, now_ns: 1_000_000_000, tagged: false, tunnel_key, decided: false }
 }
 
 #[test]
@@ -42,13 +41,84 @@ fn every_case_is_decided_as_expected() {
             case.name
         );
         if let Some(target) = case.expect.target {
-            assert_eq!(scratch.target.id, target, "{}", case.name);
+            assert_eq!(scratch.route.target.id, target, "{}", case.name);
         }
         if let Some(tunnel) = case.expect.tunnel {
-            assert_eq!(scratch.tunnel, tunnel, "{}", case.name);
+            assert_eq!(scratch.route.node, tunnel, "{}", case.name);
         }
         assert_eq!(scratch.new_flow, case.expect.tracked, "{}: tracked", case.name);
         assert!(tables.conntrack.borrow().is_empty(), "{}: a decision writes nothing", case.name);
+    }
+}
+
+#[test]
+fn a_flow_is_routed_by_its_entry_until_something_changes() {
+    for sequence in sequences::all() {
+        let mut tables = world::tables(sequence.overlay, &INTERFACES);
+        for (number, step) in sequence.steps.iter().enumerate() {
+            let what = format!("{}, step {number}", sequence.name);
+            let (env, frame, expect, established) = match step {
+                Step::Change(change) => {
+                    world::change(&mut tables, sequence.overlay, &INTERFACES, *change);
+                    tables.generation += 1;
+                    continue;
+                }
+                Step::Packet { hook, at, frame, outer, expect, established } => {
+                    (env_at(*hook, *at, *outer), frame, expect, *established)
+                }
+            };
+            let (flows, look_ups) = (tables.conntrack.borrow().clone(), tables.look_ups.get());
+            let mut scratch = Scratch::new();
+            let action = decide(&PacketBytes(frame), &tables, &env, &mut scratch);
+            assert_eq!((action.verdict, action.reason), (expect.verdict, expect.reason), "{what}");
+            if let Some(target) = expect.target {
+                assert_eq!(scratch.route.target.id, target, "{what}");
+            }
+            if let Some(tunnel) = expect.tunnel {
+                assert_eq!(scratch.route.node, tunnel, "{what}");
+            }
+            assert_eq!(tables.look_ups.get() == look_ups, established, "{what}: by its entry alone");
+            if action.verdict == Verdict::Drop {
+                assert_eq!(*tables.conntrack.borrow(), flows, "{what}: what is refused leaves no trace");
+            } else {
+                tables.apply(&scratch);
+            }
+        }
+    }
+}
+
+/// That the sequences show anything depends on the number: without a new one, flows stay where they were.
+#[test]
+fn a_change_that_is_not_announced_is_not_seen_by_established_flows() {
+    let sequence = sequences::all().into_iter().find(|s| s.name.ends_with("the pod goes")).unwrap();
+    let mut tables = world::tables(sequence.overlay, &INTERFACES);
+    let mut last = None;
+    for step in &sequence.steps {
+        match step {
+            Step::Change(change) => world::change(&mut tables, sequence.overlay, &INTERFACES, *change),
+            Step::Packet { hook, at, frame, outer, .. } => {
+                let mut scratch = Scratch::new();
+                last = Some(decide(&PacketBytes(frame), &tables, &env_at(*hook, *at, *outer), &mut scratch));
+                tables.apply(&scratch);
+            }
+        }
+    }
+    assert_eq!(last.unwrap().verdict, Verdict::ToPod);
+}
+
+/// Before user space has numbered the tables, nothing is kept.
+#[test]
+fn nothing_is_kept_under_number_zero() {
+    let sequence = sequences::all().remove(0);
+    let mut tables = world::tables(sequence.overlay, &INTERFACES);
+    tables.generation = 0;
+    let Step::Packet { hook, at, frame, outer, .. } = &sequence.steps[0] else { panic!("a packet first") };
+    for _ in 0..3 {
+        let before = tables.look_ups.get();
+        let mut scratch = Scratch::new();
+        decide(&PacketBytes(frame), &tables, &env_at(*hook, *at, *outer), &mut scratch);
+        tables.apply(&scratch);
+        assert!(tables.look_ups.get() > before);
     }
 }
 
@@ -80,7 +150,7 @@ fn a_pod_with_a_limit_gets_its_packets_by_way_of_its_queue() {
         tables.apply(&scratch);
         // The queue's own hook has nothing to add: the packet is neither judged nor counted as a second one.
         let before = tables.conntrack.borrow().clone();
-        let ifindex = scratch.target.ifindex;
+        let ifindex = scratch.route.target.ifindex;
         let queued = HostEnv { hook: Hook::ToPod, ifindex, decided: true, tunnel_key: None, ..env(&case) };
         let mut scratch = Scratch::new();
         let action = decide(&PacketBytes(&case.frame), &tables, &queued, &mut scratch);

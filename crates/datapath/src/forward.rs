@@ -1,11 +1,12 @@
 //! Where a packet goes, per hook.
 
-use podway_abi::{Addr, NodeConfig, Reason, endpoint_flags, mode, peer_flags};
+use podway_abi::{CtRoute, NodeConfig, Peer, Reason, endpoint_flags, mode, peer_flags, way};
 
 use crate::{
     Action, Bytes, Env, Scratch, Tables, Verdict, guard,
-    packet::{self, Kind, flags},
-    track,
+    packet::{self, Kind, flags, proto},
+    same_addr,
+    track::{self, Found},
 };
 
 /// What a pod sends. Fail-closed: a pod without an entry sends nothing.
@@ -18,6 +19,13 @@ pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratc
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
+    let observation = track::arrive(tables, env, scratch);
+    // A route holds for one interface and link-layer address, and is in the entry of one source address: what the
+    // guard below has found about them when the route was looked up, in the same tables.
+    let found = track::find(tables, &observation, scratch);
+    if found == Found::Route {
+        return go(scratch);
+    }
     let Some(source) = tables.source(env.ifindex()) else { return Action::drop(Reason::UnknownPod) };
     if let Err(reason) = guard::pod(&scratch.packet, &source) {
         return Action::drop(reason);
@@ -25,17 +33,9 @@ pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratc
     if is_for_the_link(scratch) {
         return Action::pass(Reason::LinkControl);
     }
-    track::track(tables, env, scratch);
-
-    if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
-        scratch.target = endpoint;
-        return deliver(scratch);
-    }
-    match tables.peer(&scratch.packet.dst) {
-        Some(peer) if peer.flags & peer_flags::LOCAL == 0 => remote(&config, &peer.node, peer.flags, scratch),
-        // The node itself; an address of its pod range that no pod has; or beyond the cluster.
-        _ => Action::pass(Reason::ToStack),
-    }
+    route_from_pod(&config, tables, scratch);
+    track::track(tables, &observation, found, scratch);
+    go(scratch)
 }
 
 /// What the node's stack sends to a pod: its own traffic, and what it forwards from beyond the cluster; and what
@@ -54,7 +54,8 @@ pub fn to_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch:
     if is_for_the_link(scratch) {
         return Action::pass(Reason::LinkControl);
     }
-    track::track(tables, env, scratch);
+    let observation = track::arrive(tables, env, scratch);
+    track::track(tables, &observation, Found::Flow, scratch);
     Action::pass(Reason::Delivered)
 }
 
@@ -70,6 +71,16 @@ pub fn from_uplink(
     if packet::parse(bytes, &mut scratch.packet).is_err() || matches!(scratch.packet.kind, Kind::Arp) {
         return Action::pass(Reason::ToStack);
     }
+    if is_tunnelled(&config, scratch) {
+        return Action::pass(Reason::ToStack);
+    }
+    let observation = track::arrive(tables, env, scratch);
+    // In overlay mode only nodes reach pods this way, which is rare beside what the node receives for itself.
+    let found =
+        if config.mode == mode::DIRECT { track::find(tables, &observation, scratch) } else { Found::Flow };
+    if found == Found::Route {
+        return go(scratch);
+    }
     let source = tables.peer(&scratch.packet.src);
     if let Err(reason) = guard::uplink(&scratch.packet, &config, source.as_ref()) {
         return Action::drop(reason);
@@ -80,9 +91,10 @@ pub fn from_uplink(
         return Action::pass(Reason::ToStack);
     }
     let Some(endpoint) = tables.endpoint(&scratch.packet.dst) else { return Action::pass(Reason::ToStack) };
-    scratch.target = endpoint;
-    track::track(tables, env, scratch);
-    deliver(scratch)
+    scratch.route.target = endpoint;
+    scratch.route.way = way::POD;
+    track::track(tables, &observation, found, scratch);
+    go(scratch)
 }
 
 /// What comes out of the tunnel: for a pod here, or for the node itself.
@@ -94,7 +106,10 @@ pub fn from_tunnel(
     scratch: &mut Scratch,
 ) -> Action {
     let Some(config) = configured(tables) else { return Action::drop(Reason::NotConfigured) };
-    let Some(key) = env.tunnel_key() else { return Action::drop(Reason::NoTunnelKey) };
+    let Some(key) = env.tunnel_key(&config) else { return Action::drop(Reason::NoTunnelKey) };
+    if key.vni != config.vni {
+        return Action::drop(Reason::WrongTunnelId);
+    }
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
@@ -102,13 +117,21 @@ pub fn from_tunnel(
     if matches!(scratch.packet.kind, Kind::Arp) || scratch.packet.has(flags::LINK_CONTROL) {
         return Action::drop(Reason::NotForThisNode);
     }
-    if let Err(reason) = guard::tunnel(&scratch.packet, &key, &config, tables) {
+    let observation = track::arrive(tables, env, scratch);
+    scratch.route.node = key.source;
+    // A route holds for one sending node, which the guard below has found to be the source address's.
+    let found = track::find(tables, &observation, scratch);
+    if found == Found::Route {
+        return go(scratch);
+    }
+    if let Err(reason) = guard::tunnel(&scratch.packet, &key, tables) {
         return Action::drop(reason);
     }
     if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
-        scratch.target = endpoint;
-        track::track(tables, env, scratch);
-        return deliver(scratch);
+        scratch.route.target = endpoint;
+        scratch.route.way = way::POD;
+        track::track(tables, &observation, found, scratch);
+        return go(scratch);
     }
     match tables.peer(&scratch.packet.dst) {
         Some(peer) if peer.flags & peer_flags::LOCAL != 0 => Action::pass(Reason::ToStack),
@@ -125,9 +148,14 @@ pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scrat
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
+    // What the stack says to a link's neighbours (router solicitations, listener reports) is for no other node: the
+    // device, which has none, discards a packet without a tunnel key.
+    if is_for_the_link(scratch) {
+        return Action::pass(Reason::LinkControl);
+    }
     match tables.peer(&scratch.packet.dst) {
         Some(peer) if peer.flags & peer_flags::LOCAL == 0 => {
-            scratch.tunnel = peer.node;
+            scratch.route.node = peer.node;
             Action { verdict: Verdict::SetTunnel, reason: Reason::Encapsulated }
         }
         _ => Action::drop(Reason::NoPeer),
@@ -139,7 +167,20 @@ fn configured(tables: &impl Tables) -> Option<NodeConfig> {
     tables.config().filter(|config| config.mode != mode::UNSET)
 }
 
-/// ARP, neighbour and listener discovery, and link-local or multicast destinations stay on the pod's link.
+/// Whether a packet on the underlay is this node's end of a tunnel: its outer source is judged at the tunnel device,
+/// together with what is inside, and nothing but the tunnel device gets it. A forged source of this node fails there
+/// as well, because only what belongs to the outer source may be inside, and what is this node's own is refused.
+#[inline(always)]
+fn is_tunnelled(config: &NodeConfig, scratch: &Scratch) -> bool {
+    let packet = &scratch.packet;
+    packet.proto == proto::UDP
+        && packet.has(flags::PORTS)
+        && packet.dst_port as u32 == config.tunnel_port
+        && config.mode == mode::OVERLAY
+        && same_addr(&packet.dst, &config.underlay)
+}
+
+/// ARP, neighbour and listener discovery, and link-local or multicast destinations stay on their link.
 #[inline(always)]
 fn is_for_the_link(scratch: &Scratch) -> bool {
     let packet = &scratch.packet;
@@ -152,6 +193,46 @@ fn is_for_the_link(scratch: &Scratch) -> bool {
     }
 }
 
+/// Looks up where a pod's packet goes.
+#[inline(always)]
+fn route_from_pod(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scratch) {
+    if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
+        scratch.route.target = endpoint;
+        scratch.route.way = way::POD;
+        return;
+    }
+    match tables.peer(&scratch.packet.dst) {
+        Some(peer) if peer.flags & peer_flags::LOCAL == 0 => remote(config, &peer, &mut scratch.route),
+        // The node itself; an address of its pod range that no pod has; or beyond the cluster.
+        _ => scratch.route.way = way::STACK,
+    }
+}
+
+/// To another node. In direct mode a node's own addresses are reached by the node's routes as well.
+#[inline(always)]
+fn remote(config: &NodeConfig, peer: &Peer, route: &mut CtRoute) {
+    route.node = peer.node;
+    route.way = if config.mode == mode::OVERLAY {
+        way::TUNNEL
+    } else if peer.flags & peer_flags::NODE != 0 {
+        // A node's addresses may be on a network that the pods' uplink does not reach.
+        way::STACK
+    } else {
+        way::UPLINK
+    };
+}
+
+/// The packet's way as an action.
+#[inline(always)]
+fn go(scratch: &mut Scratch) -> Action {
+    match scratch.route.way {
+        way::POD => deliver(scratch),
+        way::TUNNEL => Action { verdict: Verdict::ToTunnel, reason: Reason::Encapsulated },
+        way::UPLINK => Action { verdict: Verdict::ToUplink, reason: Reason::Routed },
+        _ => Action::pass(Reason::ToStack),
+    }
+}
+
 /// Into a pod on this node; the node is a router on the way, so a packet at the end of its life goes to the
 /// stack, which answers with an ICMP error.
 #[inline(always)]
@@ -160,21 +241,7 @@ fn deliver(scratch: &mut Scratch) -> Action {
         scratch.new_flow = false;
         return Action::pass(Reason::HopLimit);
     }
-    let queued = scratch.target.flags & endpoint_flags::QUEUED != 0;
+    let queued = scratch.route.target.flags & endpoint_flags::QUEUED != 0;
     let verdict = if queued { Verdict::ToPodQueue } else { Verdict::ToPod };
     Action { verdict, reason: Reason::Delivered }
-}
-
-/// To another node. In direct mode a node's own addresses are reached by the node's routes as well.
-#[inline(always)]
-fn remote(config: &NodeConfig, node: &Addr, peer_bits: u32, scratch: &mut Scratch) -> Action {
-    if config.mode == mode::OVERLAY {
-        scratch.tunnel = *node;
-        return Action { verdict: Verdict::ToTunnel, reason: Reason::Encapsulated };
-    }
-    // Through the stack: a node's addresses may be on a network that the pods' uplink does not reach.
-    if peer_bits & peer_flags::NODE != 0 {
-        return Action::pass(Reason::ToStack);
-    }
-    Action { verdict: Verdict::ToUplink, reason: Reason::Routed }
 }

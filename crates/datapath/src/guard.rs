@@ -46,18 +46,9 @@ pub fn uplink(packet: &Packet, config: &NodeConfig, source: Option<&Peer>) -> Re
     Ok(())
 }
 
-/// Tunnel traffic must belong to this cluster's virtual network, come from a node of the cluster, and carry
-/// only what that node has. The device takes any identifier, so the check is here.
+/// Tunnel traffic must come from a node of the cluster, and carry only what that node has.
 #[inline(always)]
-pub fn tunnel(
-    packet: &Packet,
-    key: &TunnelKey,
-    config: &NodeConfig,
-    tables: &impl Tables,
-) -> Result<(), Reason> {
-    if key.vni != config.vni {
-        return Err(Reason::WrongTunnelId);
-    }
+pub fn tunnel(packet: &Packet, key: &TunnelKey, tables: &impl Tables) -> Result<(), Reason> {
     match tables.peer(&key.source) {
         Some(node) if node.flags & peer_flags::NODE != 0 => {}
         _ => return Err(Reason::UnknownTunnelPeer),

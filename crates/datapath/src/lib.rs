@@ -9,6 +9,9 @@
 //! forwarding ([`forward`]). Service translation goes between identity and tracking, policy between
 //! tracking and forwarding: each is a function over [`Scratch`] that may end the decision with a reason.
 //!
+//! An established flow costs one look-up: its entry holds where its packets go ([`track::follow`]), for as long as the
+//! tables are the ones in which that was found.
+//!
 //! Rules that keep the kernel's verifier content: no slice index that can panic, no loop without a bound,
 //! look-ups copy out, no `u128`, no formatting, leaves inlined.
 #![no_std]
@@ -19,17 +22,23 @@ pub mod packet;
 pub mod service;
 pub mod track;
 
-use podway_abi::{Addr, CtEntry, CtKey, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source};
+use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source};
 
 pub use packet::Packet;
-pub use track::Observation;
+pub use track::{Found, Observation};
 
 /// The bytes of one packet, from its Ethernet header on.
 pub trait Bytes {
     /// `N` words of 32 bits at `offset` as they lie in memory, or nothing when the packet is shorter.
     ///
-    /// Words, because BPF has no unaligned loads and would put wider fields together byte by byte.
+    /// Words, because that is what headers are made of. The offset is known when compiled, so that the kernel's
+    /// verifier can follow it.
     fn load<const N: usize>(&self, offset: usize) -> Option<[u32; N]>;
+
+    /// The same at an offset that the packet itself gives.
+    fn load_far<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        self.load(offset)
+    }
 
     /// Length of the whole packet with its Ethernet header.
     fn len(&self) -> u32;
@@ -50,11 +59,16 @@ pub trait Tables {
     fn source(&self, ifindex: u32) -> Option<Source>;
     /// Where in the cluster an address is: its own entry, else the longest prefix that holds it.
     fn peer(&self, addr: &Addr) -> Option<Peer>;
-    /// Looks a flow up and, where this host keeps state, applies [`track::observe`] to it in place.
+    /// Number of the tables' present state, which every change of endpoints, peers or configuration raises after it
+    /// was made. What was found under an earlier number has to be looked up again; 0 never holds.
+    fn generation(&self) -> u32;
+    /// Looks a flow up and, where this host keeps state, applies [`track::follow`] to it in place.
     ///
-    /// Returns the entry as it is after the observation. Done in one step because the kernel pays for each
-    /// look-up of a 40-byte key; a host that must not change anything applies the observation to a copy.
-    fn observe(&self, key: &CtKey, observation: &Observation) -> Option<CtEntry>;
+    /// Done in one step because the kernel pays for each look-up of a 40-byte key; a host that must not change
+    /// anything applies it to a copy.
+    fn follow(&self, key: &CtKey, observation: &Observation, route: &mut CtRoute) -> Found;
+    /// Looks a flow up and applies [`track::observe`] to it in the same way. Says whether there is one.
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool;
 }
 
 /// What a hook knows besides the packet.
@@ -68,7 +82,7 @@ pub trait Env {
     /// Whether the frame carries a VLAN tag, which the kernel keeps beside the packet's bytes.
     fn is_tagged(&self) -> bool;
     /// Where a decapsulated packet came from.
-    fn tunnel_key(&self) -> Option<TunnelKey>;
+    fn tunnel_key(&self, config: &NodeConfig) -> Option<TunnelKey>;
     /// Whether an earlier hook of this node already decided about this packet: it chose the tunnel's other end, or
     /// delivered it to the pod by way of its queue.
     fn is_decided(&self) -> bool;
@@ -91,13 +105,13 @@ pub enum Verdict {
     Pass,
     /// Discard it.
     Drop,
-    /// Put it into a pod of this node: [`Scratch::target`].
+    /// Put it into a pod of this node: [`CtRoute::target`].
     ToPod,
     /// The same, by way of the queue on the pod's link.
     ToPodQueue,
-    /// Hand it to the tunnel device with [`Scratch::tunnel`] as the other end.
+    /// Hand it to the tunnel device with [`CtRoute::node`] as the other end.
     ToTunnel,
-    /// Set [`Scratch::tunnel`] as the other end and let it go on (the hook is on the tunnel device itself).
+    /// Set [`CtRoute::node`] as the other end and let it go on (the hook is on the tunnel device itself).
     SetTunnel,
     /// Send it on the underlay device to the next hop of the node's route.
     ToUplink,
@@ -133,10 +147,8 @@ impl Action {
 pub struct Scratch {
     /// The parsed packet.
     pub packet: Packet,
-    /// The pod to deliver to, for [`Verdict::ToPod`].
-    pub target: Endpoint,
-    /// The other end of the tunnel, for [`Verdict::ToTunnel`] and [`Verdict::SetTunnel`].
-    pub tunnel: Addr,
+    /// How the packet came in and where it goes.
+    pub route: CtRoute,
     /// Key of the flow, when [`Scratch::new_flow`] is set.
     pub ct_key: CtKey,
     /// A flow to add to the connection table, when [`Scratch::new_flow`] is set.
@@ -150,8 +162,7 @@ impl Scratch {
     pub const fn new() -> Self {
         Self {
             packet: Packet::EMPTY,
-            target: Endpoint { ifindex: 0, id: 0, pod_mac: [0; 6], host_mac: [0; 6], flags: 0 },
-            tunnel: Addr::UNSPECIFIED,
+            route: CtRoute::NONE,
             ct_key: CtKey {
                 a: Addr::UNSPECIFIED,
                 b: Addr::UNSPECIFIED,
@@ -160,14 +171,7 @@ impl Scratch {
                 proto: 0,
                 pad: [0; 3],
             },
-            ct_entry: CtEntry {
-                created_ns: 0,
-                last_seen_ns: 0,
-                packets: [0; 2],
-                bytes: [0; 2],
-                flags: 0,
-                idle_limit_s: 0,
-            },
+            ct_entry: CtEntry::NONE,
             new_flow: false,
         }
     }

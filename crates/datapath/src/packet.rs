@@ -134,15 +134,19 @@ impl Packet {
 /// # Errors
 /// [`Reason::Malformed`] for a cut or contradictory header, [`Reason::MappedAddress`] for a v4-mapped
 /// address in an IPv6 header, [`Reason::UnsupportedProtocol`] for anything but IPv4, IPv6 and ARP.
-#[inline(never)]
+#[inline(always)]
 pub fn parse(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
-    *out = Packet::EMPTY;
     // The Ethernet header and two bytes of what follows, which every packet has.
     let [_, w1, w2, w3] = bytes.load::<4>(0).ok_or(Reason::Malformed)?;
     let [_, _, m0, m1] = w1.to_ne_bytes();
     let [m2, m3, m4, m5] = w2.to_ne_bytes();
     out.src_mac = [m0, m1, m2, m3, m4, m5];
     out.l3_len = bytes.len().saturating_sub(ETH_LEN as u32);
+    // What a kind of packet may leave unset; the rest is written for every packet.
+    out.src_port = 0;
+    out.dst_port = 0;
+    out.tcp_flags = 0;
+    out.flags = 0;
     match (u32::from_be(w3) >> 16) as u16 {
         ethertype::IPV4 => parse_v4(bytes, out),
         ethertype::IPV6 => parse_v6(bytes, out),
@@ -179,10 +183,14 @@ fn parse_v4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     if fragment & 0x2000 != 0 {
         out.flags |= flags::FRAGMENT;
     }
-    parse_l4(bytes, out)
+    if header_len == 20 {
+        parse_l4::<_, { ETH_LEN + 20 }>(bytes, out)
+    } else {
+        parse_l4::<_, FAR>(bytes, out)
+    }
 }
 
-#[inline(always)]
+#[inline(never)]
 fn parse_v6(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let [w0, w1] = bytes.load::<2>(ETH_LEN).ok_or(Reason::Malformed)?;
     // A payload longer than what arrived; zero stands for a jumbogram or a segmentation offload (RFC 2675).
@@ -196,15 +204,33 @@ fn parse_v6(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     if out.src.is_v4() || out.dst.is_v4() {
         return Err(Reason::MappedAddress);
     }
-    let [_, _, mut next, hop_limit] = w1.to_ne_bytes();
+    let [_, _, next, hop_limit] = w1.to_ne_bytes();
     out.ttl = hop_limit;
+    if is_extension(next) {
+        return parse_extensions(bytes, next, out);
+    }
+    out.proto = next;
+    out.l4_offset = ETH_LEN as u16 + 40;
+    parse_l4::<_, { ETH_LEN + 40 }>(bytes, out)
+}
+
+/// Whether a "next header" is an extension header that is walked: hop-by-hop, routing, fragment, authentication,
+/// destination options.
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    matches!(next, 0 | 43 | 44 | 51 | 60)
+}
+
+#[inline(always)]
+fn parse_extensions(bytes: &impl Bytes, first: u8, out: &mut Packet) -> Result<(), Reason> {
+    let mut next = first;
     let mut offset = ETH_LEN as u16 + 40;
     let mut walked = 0;
     while walked < MAX_EXTENSIONS {
-        if !matches!(next, 0 | 43 | 44 | 51 | 60) {
+        if !is_extension(next) {
             break;
         }
-        let [word] = bytes.load::<1>(offset as usize).ok_or(Reason::Malformed)?;
+        let [word] = bytes.load_far::<1>(offset as usize).ok_or(Reason::Malformed)?;
         let [following, len, high, low] = word.to_ne_bytes();
         match next {
             // Fragment header (RFC 8200 section 4.5): 8 bytes, offset in the upper 13 bits of the second half.
@@ -230,28 +256,37 @@ fn parse_v6(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     if out.has(flags::LATER_FRAGMENT) {
         return Ok(());
     }
-    if matches!(next, 0 | 43 | 44 | 51 | 60) {
+    if is_extension(next) {
         return Err(Reason::Malformed);
     }
-    parse_l4(bytes, out)
+    parse_l4::<_, FAR>(bytes, out)
+}
+
+/// Stands for a transport header that is not where it usually is, but at [`Packet::l4_offset`].
+const FAR: usize = 0;
+
+/// Words of the transport header.
+#[inline(always)]
+fn load_l4<B: Bytes, const AT: usize, const N: usize>(bytes: &B, out: &Packet) -> Result<[u32; N], Reason> {
+    let words = if AT == FAR { bytes.load_far(out.l4_offset as usize) } else { bytes.load(AT) };
+    words.ok_or(Reason::Malformed)
 }
 
 /// Ports, TCP flags, ICMP kinds. A transport that is not known has no ports and is forwarded untracked.
 #[inline(always)]
-fn parse_l4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
-    let offset = out.l4_offset as usize;
+fn parse_l4<B: Bytes, const AT: usize>(bytes: &B, out: &mut Packet) -> Result<(), Reason> {
     match out.proto {
         proto::TCP => {
-            let [w0, _, _, w3] = bytes.load::<4>(offset).ok_or(Reason::Malformed)?;
+            let [w0, _, _, w3] = load_l4::<B, AT, 4>(bytes, out)?;
             ports(out, w0);
             out.tcp_flags = w3.to_ne_bytes()[1];
         }
         proto::UDP | proto::SCTP => {
-            let [w0] = bytes.load::<1>(offset).ok_or(Reason::Malformed)?;
+            let [w0] = load_l4::<B, AT, 1>(bytes, out)?;
             ports(out, w0);
         }
         proto::ICMP if matches!(out.kind, Kind::V4) => {
-            let [w0, w1] = bytes.load::<2>(offset).ok_or(Reason::Malformed)?;
+            let [w0, w1] = load_l4::<B, AT, 2>(bytes, out)?;
             match w0.to_ne_bytes()[0] {
                 // Echo reply and echo.
                 0 | 8 => echo(out, w1),
@@ -261,7 +296,7 @@ fn parse_l4(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
             }
         }
         proto::ICMPV6 if matches!(out.kind, Kind::V6) => {
-            let [w0, w1] = bytes.load::<2>(offset).ok_or(Reason::Malformed)?;
+            let [w0, w1] = load_l4::<B, AT, 2>(bytes, out)?;
             match w0.to_ne_bytes()[0] {
                 128 | 129 => echo(out, w1),
                 // Error messages are those below 128 (RFC 4443 section 2.1).
@@ -294,7 +329,7 @@ fn echo(out: &mut Packet, word: u32) {
 }
 
 /// ARP for IPv4 over Ethernet (RFC 826): the sender's and the target's protocol addresses.
-#[inline(always)]
+#[inline(never)]
 fn parse_arp(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let [w0, w1, _, w3, w4, _, target] = bytes.load::<7>(ETH_LEN).ok_or(Reason::Malformed)?;
     // Ethernet (1), IPv4 (0x0800), address lengths 6 and 4.
@@ -304,6 +339,9 @@ fn parse_arp(bytes: &impl Bytes, out: &mut Packet) -> Result<(), Reason> {
     let [_, _, s0, s1] = w3.to_ne_bytes();
     let [s2, s3, _, _] = w4.to_ne_bytes();
     out.kind = Kind::Arp;
+    out.proto = 0;
+    out.ttl = 0;
+    out.l4_offset = 0;
     out.src = Addr::from_v4_word(u32::from_ne_bytes([s0, s1, s2, s3]));
     out.dst = Addr::from_v4_word(target);
     Ok(())

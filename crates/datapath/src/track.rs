@@ -1,10 +1,12 @@
-//! Connection tracking: one entry per flow, found from both directions by one key.
+//! Connection tracking: one entry per flow, found from both directions by one key; and where the flow's packets go,
+//! so that an established flow costs one look-up.
 
-use podway_abi::{Addr, CtEntry, CtKey, Direction, ct_flags};
+use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Direction, Hook, ct_flags, way};
 
 use crate::{
     Env, Packet, Scratch, Tables,
     packet::{flags, proto, tcp},
+    same_addr, same_mac,
 };
 
 /// Idle limits in seconds. TCP after RFC 5382 (an established connection at least 2 h 4 min), UDP after
@@ -79,9 +81,20 @@ fn after(x: &Addr, x_port: u16, y: &Addr, y_port: u16) -> bool {
     x_port > y_port
 }
 
+/// What the table says of a packet's flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Its route holds for the packet, which has been recorded.
+    Route,
+    /// The flow is known, and the packet's way has to be looked up.
+    Flow,
+    /// Nothing.
+    Nothing,
+}
+
 /// The entry that a flow's first packet makes.
 #[inline(always)]
-pub fn open(observation: &Observation, out: &mut CtEntry) {
+pub fn open(observation: &Observation, route: &CtRoute, out: &mut CtEntry) {
     out.created_ns = observation.now_ns;
     out.last_seen_ns = observation.now_ns;
     out.packets = [1, 0];
@@ -91,41 +104,110 @@ pub fn open(observation: &Observation, out: &mut CtEntry) {
         bits |= ct_flags::OPENED_BY_B;
     }
     if observation.is_tcp {
-        if observation.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN {
+        if is_syn(observation) {
             bits |= ct_flags::SYN;
         }
         bits |= tcp_ends(observation.tcp_flags, Direction::Original);
     }
     out.flags = bits;
     out.idle_limit_s = idle_limit(bits, observation.is_tcp);
+    // What the flow before this one had found in the other direction is not this one's.
+    out.from_a.generation = 0;
+    out.from_b.generation = 0;
+    learn(out, observation, route);
 }
 
-/// Applies one packet to its flow. A new SYN on a closed or idle flow opens it again.
+/// Applies one packet to its flow, with the route that was looked up for it. A new SYN on a closed or idle flow opens
+/// it again.
 #[inline(always)]
-pub fn observe(entry: &mut CtEntry, observation: &Observation) {
-    let is_syn = observation.is_tcp && observation.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-    if is_over(entry, observation.now_ns) || (is_syn && is_closed(entry.flags)) {
-        open(observation, entry);
-        return;
+pub fn observe(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) {
+    if starts_over(entry, observation) {
+        open(observation, route, entry);
+    } else {
+        record(entry, observation);
+        learn(entry, observation, route);
     }
+}
+
+/// Applies one packet to its flow if the flow's route holds for a packet that came in as `route` says, and completes
+/// `route` with where it goes. Otherwise changes nothing: who sent the packet is not known then.
+#[inline(always)]
+pub fn follow(entry: &mut CtEntry, observation: &Observation, route: &mut CtRoute) -> bool {
+    let known = if observation.from_b { &entry.from_b } else { &entry.from_a };
+    if !holds(known, route) || starts_over(entry, observation) {
+        return false;
+    }
+    route.way = known.way;
+    route.node = known.node;
+    route.target = known.target;
+    record(entry, observation);
+    true
+}
+
+/// Whether a route that was found earlier is still right, and for a packet that came in like this one.
+#[inline(always)]
+fn holds(known: &CtRoute, arrival: &CtRoute) -> bool {
+    // No table is older than generation 1, so that an empty route never holds.
+    if known.generation != arrival.generation || known.generation == 0 {
+        return false;
+    }
+    if known.hook != arrival.hook || known.ingress != arrival.ingress {
+        return false;
+    }
+    if arrival.hook == Hook::FromPod as u8 {
+        return same_mac(&known.from_mac, &arrival.from_mac);
+    }
+    arrival.hook != Hook::FromTunnel as u8 || same_addr(&known.node, &arrival.node)
+}
+
+/// Keeps the route that was looked up for a packet. A packet whose way was not looked up has none.
+#[inline(always)]
+fn learn(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) {
+    if route.way != way::NONE {
+        if observation.from_b {
+            entry.from_b = *route;
+        } else {
+            entry.from_a = *route;
+        }
+    }
+}
+
+/// Whether the packet is the first of another flow with the same ends.
+#[inline(always)]
+fn starts_over(entry: &CtEntry, observation: &Observation) -> bool {
+    is_over(entry, observation.now_ns) || (is_syn(observation) && is_closed(entry.flags))
+}
+
+#[inline(always)]
+fn is_syn(observation: &Observation) -> bool {
+    observation.is_tcp && observation.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+}
+
+/// Counts a packet, and writes what it changes beyond that: for most packets nothing.
+#[inline(always)]
+fn record(entry: &mut CtEntry, observation: &Observation) {
     let opened_by_b = entry.flags & ct_flags::OPENED_BY_B != 0;
-    let direction = if opened_by_b == observation.from_b { Direction::Original } else { Direction::Reply };
-    match direction {
-        Direction::Original => {
-            entry.packets[0] = entry.packets[0].wrapping_add(1);
-            entry.bytes[0] = entry.bytes[0].wrapping_add(observation.bytes);
-        }
-        Direction::Reply => {
-            entry.packets[1] = entry.packets[1].wrapping_add(1);
-            entry.bytes[1] = entry.bytes[1].wrapping_add(observation.bytes);
-            entry.flags |= ct_flags::REPLIED;
-        }
-    }
+    let mut bits = entry.flags;
+    let direction = if opened_by_b == observation.from_b {
+        entry.packets[0] = entry.packets[0].wrapping_add(1);
+        entry.bytes[0] = entry.bytes[0].wrapping_add(observation.bytes);
+        Direction::Original
+    } else {
+        entry.packets[1] = entry.packets[1].wrapping_add(1);
+        entry.bytes[1] = entry.bytes[1].wrapping_add(observation.bytes);
+        bits |= ct_flags::REPLIED;
+        Direction::Reply
+    };
     if observation.is_tcp {
-        entry.flags |= tcp_ends(observation.tcp_flags, direction);
+        bits |= tcp_ends(observation.tcp_flags, direction);
     }
-    entry.idle_limit_s = idle_limit(entry.flags, observation.is_tcp);
-    entry.last_seen_ns = observation.now_ns;
+    if bits != entry.flags {
+        entry.flags = bits;
+        entry.idle_limit_s = idle_limit(bits, observation.is_tcp);
+    }
+    if entry.last_seen_ns != observation.now_ns {
+        entry.last_seen_ns = observation.now_ns;
+    }
 }
 
 /// Whether the flow's idle limit has passed.
@@ -173,24 +255,45 @@ const fn idle_limit(bits: u32, is_tcp: bool) -> u32 {
     }
 }
 
-/// Records the packet with its flow, or prepares a new flow in `scratch`.
+/// Begins the packet's way: how it came in, which its route has to fit, and its flow's key.
 ///
-/// Later fragments and ICMP errors have no ports of their own and are not recorded.
-#[inline(never)]
-pub fn track(tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) {
-    if !scratch.packet.has(flags::PORTS) {
-        return;
-    }
+/// The generation is read before any table is: what is then found is at least as new as it says.
+#[inline(always)]
+pub fn arrive(tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Observation {
+    scratch.route.generation = tables.generation();
+    scratch.route.ingress = env.ifindex();
+    scratch.route.hook = env.hook() as u8;
+    scratch.route.way = way::NONE;
+    scratch.route.from_mac = scratch.packet.src_mac;
     let from_b = key(&scratch.packet, &mut scratch.ct_key);
-    let observation = Observation {
+    Observation {
         now_ns: env.now_ns(),
         bytes: scratch.packet.l3_len as u64,
         from_b,
         tcp_flags: scratch.packet.tcp_flags,
         is_tcp: scratch.packet.proto == proto::TCP,
-    };
-    if tables.observe(&scratch.ct_key, &observation).is_none() {
-        open(&observation, &mut scratch.ct_entry);
-        scratch.new_flow = true;
     }
+}
+
+/// Looks the packet's flow up. Later fragments and ICMP errors have no ports of their own, and so no flow.
+#[inline(always)]
+pub fn find(tables: &impl Tables, observation: &Observation, scratch: &mut Scratch) -> Found {
+    if !scratch.packet.has(flags::PORTS) {
+        return Found::Nothing;
+    }
+    tables.follow(&scratch.ct_key, observation, &mut scratch.route)
+}
+
+/// Records the packet, and the route that was looked up for it, with its flow; or prepares a new flow in `scratch`.
+#[inline(always)]
+pub fn track(tables: &impl Tables, observation: &Observation, found: Found, scratch: &mut Scratch) {
+    if !scratch.packet.has(flags::PORTS) {
+        return;
+    }
+    // Between the two look-ups the table may have lost the flow.
+    if found == Found::Flow && tables.observe(&scratch.ct_key, observation, &scratch.route) {
+        return;
+    }
+    open(observation, &scratch.route, &mut scratch.ct_entry);
+    scratch.new_flow = true;
 }

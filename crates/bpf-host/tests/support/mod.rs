@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
-use podway_abi::{Addr, peer_flags};
+use podway_abi::{Addr, Mac, peer_flags};
 use podway_bpf_host::{AttachMethod, Counter, Datapath, Endpoint, Mode, NodeConfig, Peer, PeerFlags};
 use podway_datapath_cases::world::{
-    self, HOST_1_MAC, HOST_2_MAC, Interfaces, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
+    self, Change, HOST_1_MAC, HOST_2_MAC, HOST_3_MAC, Interfaces, POD_1, POD_1_MAC, POD_2, POD_2_MAC,
+    POD_3_MAC,
 };
 
 /// Whether the test can run; says why not.
@@ -41,26 +42,53 @@ impl TestDatapath {
     /// Writes the world's tables in one of the two modes.
     pub(crate) fn fill(&self, overlay: bool, interfaces: &Interfaces) {
         let datapath = self.get();
+        self.set_mode(overlay, interfaces);
+        let _ = datapath.remove_endpoint(interfaces.pod_3);
+        datapath.set_endpoint(&pod(1, interfaces.pod_1, POD_1_MAC, HOST_1_MAC, POD_1)).unwrap();
+        datapath.set_endpoint(&pod(2, interfaces.pod_2, POD_2_MAC, HOST_2_MAC, POD_2)).unwrap();
+        self.set_peers(world::peers());
+    }
+
+    /// Makes a change to the world of a mode.
+    #[allow(dead_code, reason = "only the tests on devices have sequences")]
+    pub(crate) fn change(&self, overlay: bool, interfaces: &Interfaces, change: Change) {
+        let datapath = self.get();
+        match change {
+            Change::Pod1Goes => datapath.remove_endpoint(interfaces.pod_1).unwrap(),
+            Change::Pod2Goes | Change::Pod2Moves => {
+                datapath.remove_endpoint(interfaces.pod_2).unwrap();
+                datapath.remove_endpoint(interfaces.pod_3).unwrap();
+            }
+            Change::Pod2IsReplaced => {
+                datapath.remove_endpoint(interfaces.pod_2).unwrap();
+                datapath.set_endpoint(&pod(3, interfaces.pod_3, POD_3_MAC, HOST_3_MAC, POD_2)).unwrap();
+            }
+            Change::OtherRangesMove => {}
+            Change::ModeChanges => self.set_mode(!overlay, interfaces),
+        }
+        self.set_peers(world::peers_after(change));
+    }
+
+    fn set_mode(&self, overlay: bool, interfaces: &Interfaces) {
         let mode = if overlay {
-            Mode::Overlay { tunnel_ifindex: interfaces.tunnel, vni: 1, underlay_v6: false }
+            Mode::Overlay {
+                tunnel_ifindex: interfaces.tunnel,
+                vni: world::VNI,
+                port: world::TUNNEL_PORT,
+                underlay: world::NODE[0].parse().unwrap(),
+            }
         } else {
             Mode::Direct
         };
-        datapath.set_config(&NodeConfig { mode, uplink_ifindex: interfaces.uplink }).unwrap();
-        let pods = [
-            (1, interfaces.pod_1, POD_1_MAC, HOST_1_MAC, POD_1),
-            (2, interfaces.pod_2, POD_2_MAC, HOST_2_MAC, POD_2),
-        ];
-        for (id, ifindex, pod_mac, host_mac, addresses) in pods {
-            let addresses = addresses.iter().map(|t| t.parse().unwrap()).collect();
-            let endpoint = Endpoint { id, ifindex, pod_mac, host_mac, addresses, queued: false };
-            datapath.set_endpoint(&endpoint).unwrap();
-        }
-        let peers: BTreeMap<IpNet, Peer> = world::peers()
+        self.get().set_config(&NodeConfig { mode, uplink_ifindex: interfaces.uplink }).unwrap();
+    }
+
+    fn set_peers(&self, peers: Vec<(Addr, u8, podway_abi::Peer)>) {
+        let peers: BTreeMap<IpNet, Peer> = peers
             .into_iter()
             .map(|(addr, len, peer)| (IpNet::new(IpAddr::from(addr), len).unwrap(), from_abi(&peer)))
             .collect();
-        datapath.sync_peers(&peers).unwrap();
+        self.get().sync_peers(&peers).unwrap();
     }
 
     /// Sends what goes to the pods by way of the queues on their links.
@@ -83,6 +111,11 @@ impl Drop for TestDatapath {
         self.datapath.take();
         let _ = Datapath::remove_all(&self.pin_dir);
     }
+}
+
+fn pod(id: u32, ifindex: u32, pod_mac: Mac, host_mac: Mac, addresses: [&str; 2]) -> Endpoint {
+    let addresses = addresses.iter().map(|t| t.parse().unwrap()).collect();
+    Endpoint { id, ifindex, pod_mac, host_mac, addresses, queued: false }
 }
 
 fn from_abi(peer: &podway_abi::Peer) -> Peer {
