@@ -87,7 +87,7 @@ pub(crate) enum Lab {
     /// Work on a node
     #[command(subcommand)]
     Node(Node),
-    /// Break the link between two nodes, in both directions, or mend it
+    /// Break the link between two nodes, in both directions, slow it down, or mend it
     ///
     /// The options of the newest command are all that is wrong between the two. Nobody is told of a lost packet, as on
     /// a broken link; podway lab status shows what is broken.
