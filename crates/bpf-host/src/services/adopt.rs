@@ -172,8 +172,15 @@ impl ServiceWriter {
             self.remove_frontend(&key, &mut report)?;
         }
         self.claim(&wanted_frontends);
-        let mut applied = self.apply(full)?;
+        self.syncing = true;
+        let applied = self.apply(full);
+        self.syncing = false;
+        let mut applied = applied?;
         applied.removed += report.removed;
+        let numbers: Vec<u32> = self.services.keys().copied().collect();
+        for number in numbers {
+            self.remove_stale_ranges(number, &mut applied)?;
+        }
         let unwanted: Vec<IpAddr> = self.vips.difference(&wanted_vips).copied().collect();
         for addr in unwanted {
             self.apply_more(&[TableChange::VipGone(addr)], &mut applied)?;

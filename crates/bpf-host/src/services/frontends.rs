@@ -147,6 +147,10 @@ impl ServiceWriter {
     }
 
     pub(super) fn remove_stale_ranges(&mut self, number: u32, report: &mut ApplyReport) -> Result<()> {
+        // Until all frontends are known again, none is known to be stale.
+        if self.syncing {
+            return Ok(());
+        }
         let wanted = self.wanted_ranges(number);
         let Some(service) = self.services.get_mut(&number) else { return Ok(()) };
         if service.written_ranges.is_subset(&wanted) {

@@ -78,6 +78,8 @@ pub struct ServiceWriter {
     refused: BTreeMap<Key, TableChange>,
     /// Whether something was given up since they were tried last.
     room: bool,
+    /// Whether a whole table is being applied.
+    syncing: bool,
 }
 
 /// What a change is about.
@@ -180,6 +182,7 @@ impl ServiceWriter {
             used_backends: 0,
             refused: BTreeMap::new(),
             room: false,
+            syncing: false,
         };
         writer.adopt()?;
         Ok(writer)

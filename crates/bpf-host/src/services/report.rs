@@ -132,7 +132,7 @@ impl ServiceWriter {
                     .map(|kind| self.set_members(frontend.service, kind)),
             })
             .collect();
-        all.sort_by_key(|f| (f.addr, f.port, f.protocol));
+        all.sort_by_key(|f| (f.addr, f.port, f.protocol, f.service));
         all
     }
 

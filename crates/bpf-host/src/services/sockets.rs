@@ -87,7 +87,8 @@ fn attach(
         interface: cgroup.display().to_string(),
         source: e,
     };
-    let id = program.attach(directory, CgroupAttachMode::AllowMultiple).map_err(|e| failed(e.into()))?;
+    // Links are beside one another in any case; the kernel takes no flag for it (`cgroup_bpf_link_attach`).
+    let id = program.attach(directory, CgroupAttachMode::Single).map_err(|e| failed(e.into()))?;
     let link = program.take_link(id).map_err(|e| failed(e.into()))?;
     let link = FdLink::try_from(link).map_err(|e| failed(e.into()))?;
     let mut new = pin.as_os_str().to_owned();
