@@ -129,6 +129,17 @@ fn kernel(report: &mut CleanupReport) {
             Err(error) => report.failed(&what, error),
         }
     }
+    let held = netlink.held_everywhere().unwrap_or_else(|error| {
+        report.failed("addresses of load balancers", error);
+        Vec::new()
+    });
+    for (link, address) in held {
+        match netlink.delete_address(link, IpNet::from(address)) {
+            Ok(true) => report.done(format_args!("load balancer address {address}")),
+            Ok(false) => {}
+            Err(error) => report.failed(&format!("load balancer address {address}"), error),
+        }
+    }
     let gateway = IpNet::from(std::net::IpAddr::V4(GATEWAY_V4));
     match netlink.delete_address(1, gateway) {
         Ok(true) => report.done(format_args!("address {gateway} on lo")),

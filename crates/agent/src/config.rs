@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use podway_kube::Credentials;
 
 use crate::ids::Instance;
+use crate::services::config::ServicesConfig;
 
 /// Name of the tunnel device.
 pub const TUNNEL_DEVICE: &str = "podway_vxlan";
@@ -124,6 +125,8 @@ pub struct AgentConfig {
     pub metrics_address: Option<ListenAddress>,
     /// UDP port of the path MTU proof; equal on all nodes.
     pub probe_port: u16,
+    /// Services.
+    pub services: ServicesConfig,
 }
 
 impl AgentConfig {
@@ -140,6 +143,7 @@ impl AgentConfig {
             masquerade: Masquerade { enabled: true, exclude: Vec::new() },
             metrics_address: Some(ListenAddress { ip: None, port: DEFAULT_METRICS_PORT }),
             probe_port: podway_link::probe::DEFAULT_PORT,
+            services: ServicesConfig::default(),
         }
     }
 
@@ -168,7 +172,7 @@ impl AgentConfig {
         {
             return bad("pod-mtu", format!("{mtu} is outside of 576 to 65535"));
         }
-        Ok(())
+        self.services.validate()
     }
 }
 

@@ -81,7 +81,7 @@ pub async fn serve(address: ListenAddress, pages: Pages) {
     }
 }
 
-async fn listen(address: ListenAddress) -> io::Result<TcpListener> {
+pub(crate) async fn listen(address: ListenAddress) -> io::Result<TcpListener> {
     let at = |ip: IpAddr| SocketAddr::new(ip, address.port);
     match address.ip {
         Some(ip) => TcpListener::bind(at(ip)).await,

@@ -43,6 +43,7 @@ pub mod nodes;
 pub mod remembered;
 pub mod repair;
 pub mod run_dir;
+pub mod services;
 pub mod status;
 
 mod cleanup;

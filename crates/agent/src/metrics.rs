@@ -18,9 +18,10 @@ use prometheus_client::registry::Registry;
 
 use crate::attach::Attacher;
 use crate::events::Reporter;
+use crate::services::metrics::ServiceMetrics;
 use crate::status::Status;
 
-type Labels = Vec<(&'static str, String)>;
+pub(crate) type Labels = Vec<(&'static str, String)>;
 
 /// Upper bounds for CNI operations, in seconds: the target for an ADD is 4 ms.
 const CNI_BUCKETS: [f64; 10] = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.25, 1.0, 10.0];
@@ -34,6 +35,8 @@ pub struct Metrics {
     objects_rejected: Counter,
     repairs: Family<Labels, Counter>,
     conntrack_removed: Counter,
+    /// Those of services.
+    pub(crate) services: Arc<ServiceMetrics>,
 }
 
 /// Where the values that are read come from.
@@ -46,6 +49,8 @@ pub struct Sources {
     pub status: Arc<Status>,
     /// Events.
     pub reporter: Arc<Reporter>,
+    /// Services.
+    pub services: Arc<ServiceMetrics>,
 }
 
 impl Metrics {
@@ -59,6 +64,7 @@ impl Metrics {
             objects_rejected: Counter::default(),
             repairs: Family::default(),
             conntrack_removed: Counter::default(),
+            services: Arc::default(),
         }
     }
 
@@ -90,6 +96,7 @@ impl Metrics {
             "Flows removed because they were over",
             self.conntrack_removed.clone(),
         );
+        self.services.register(&mut registry);
         registry.register_collector(Box::new(sources));
         self.registry.set(registry).ok();
     }
@@ -123,7 +130,11 @@ impl Metrics {
     pub fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         match self.registry.get() {
-            Some(registry) => prometheus_client::encoding::text::encode(&mut text, registry)?,
+            Some(registry) => {
+                prometheus_client::encoding::text::encode_registry(&mut text, registry)?;
+                self.services.kube_proxy(&mut text)?;
+                prometheus_client::encoding::text::encode_eof(&mut text)?;
+            }
             None => text.write_str("# EOF\n")?,
         }
         Ok(text)
@@ -149,6 +160,7 @@ impl Collector for Sources {
         self.cluster(&mut out)?;
         self.paths(&mut out)?;
         self.datapath(&mut out)?;
+        self.services.show(&mut out)?;
         process(&mut out)
     }
 }
@@ -308,12 +320,12 @@ fn resident_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
-struct Out<'a, 'b> {
+pub(crate) struct Out<'a, 'b> {
     encoder: &'a mut DescriptorEncoder<'b>,
 }
 
 impl Out<'_, '_> {
-    fn gauge<N: EncodeGaugeValue + Copy>(
+    pub(crate) fn gauge<N: EncodeGaugeValue + Copy>(
         &mut self,
         name: &str,
         help: &str,
@@ -334,7 +346,7 @@ impl Out<'_, '_> {
         Ok(())
     }
 
-    fn counter(&mut self, name: &str, help: &str, rows: &[(Labels, u64)]) -> fmt::Result {
+    pub(crate) fn counter(&mut self, name: &str, help: &str, rows: &[(Labels, u64)]) -> fmt::Result {
         if rows.is_empty() {
             return Ok(());
         }

@@ -35,6 +35,8 @@ use crate::monitor::{self, Interest};
 use crate::mtu_proof::MtuProof;
 use crate::network::NetworkError;
 use crate::run_dir::{self, RunDirError};
+use crate::services::config::ServiceMode;
+use crate::services::{self, NodesIn, Services, Surroundings};
 use crate::status::Status;
 use crate::{clock, crash};
 
@@ -126,7 +128,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let damage = runtime.block_on(until_end(&mut ended)).map_err(failed("waiting for signals"))?;
     info!("agent ends; the pods go on");
     server.stop();
-    running.stop();
+    running.stop(&runtime);
     runtime.shutdown_timeout(Duration::from_secs(1));
     damage.map_or(Ok(()), |why| Err(AgentError::Damaged(why)))
 }
@@ -151,6 +153,7 @@ struct Running {
     stopping: Arc<AtomicBool>,
     wake: SyncSender<Message>,
     threads: Vec<JoinHandle<()>>,
+    services: Option<Services>,
 }
 
 impl Running {
@@ -191,6 +194,7 @@ impl Running {
             datapath: Arc::clone(&datapath),
             status: Arc::clone(&status),
             reporter: Arc::clone(&reporter),
+            services: Arc::clone(&metrics.services),
         });
 
         let proof = MtuProof::start(config.probe_port, Arc::clone(&status), Arc::clone(&reporter))
@@ -206,25 +210,50 @@ impl Running {
             end,
         };
         let node_name = config.node_name.clone();
+        let (services_config, run_dir) = (config.services.clone(), config.instance.run_dir());
         let control = Control::new(config, parts)?;
         let mut threads = vec![watching];
         threads.push(thread("podway-control", move || control.run(&messages))?);
+        let surroundings = Surroundings {
+            node: &node_name,
+            run_dir: &run_dir,
+            client,
+            runtime,
+            datapath: &datapath,
+            status: &status,
+            metrics: &metrics,
+            reporter: &reporter,
+            stopping: &stopping,
+        };
+        let services = match services_config.mode {
+            ServiceMode::None => {
+                services::remove(&services_config, &datapath);
+                None
+            }
+            ServiceMode::Ebpf => {
+                Some(Services::start(&services_config, &surroundings).map_err(failed("starting services"))?)
+            }
+        };
         let (counters, flag) = (Arc::clone(&metrics), Arc::clone(&stopping));
         threads.push(thread("podway-sweep", move || sweep(&datapath, &counters, &flag))?);
 
         let _guard = runtime.enter();
         reporter.set_writer(EventWriter::start(client, "podway-agent", &node_name));
         runtime.spawn(locate(client.clone(), wake.clone()));
-        runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone()));
-        Ok(Self { attacher, metrics, status, stopping, wake, threads })
+        let nodes = services.as_ref().map(Services::nodes);
+        runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone(), nodes));
+        Ok(Self { attacher, metrics, status, stopping, wake, threads, services })
     }
 
-    fn stop(self) {
+    fn stop(self, runtime: &tokio::runtime::Runtime) {
         self.stopping.store(true, Ordering::SeqCst);
         self.attacher.drain(DRAIN);
         // A full queue is being worked on; the loop takes the message soon.
         if self.wake.send(Message::Stop).is_err() {
             warn!("the control loop has ended before");
+        }
+        if let Some(services) = self.services {
+            services.stop(runtime);
         }
         for thread in self.threads {
             if thread.join().is_err() {
@@ -289,8 +318,15 @@ async fn locate(client: Client, wake: SyncSender<Message>) {
 }
 
 /// From the watch, which is asynchronous, to the control loop, which is not.
-async fn forward(mut changes: tokio::sync::mpsc::Receiver<watch::Change>, wake: SyncSender<Message>) {
+async fn forward(
+    mut changes: tokio::sync::mpsc::Receiver<watch::Change>,
+    wake: SyncSender<Message>,
+    services: Option<NodesIn>,
+) {
     while let Some(change) = changes.recv().await {
+        if let Some(services) = &services {
+            services.tell(change.clone()).await;
+        }
         let mut message = Message::Nodes(change);
         loop {
             match wake.try_send(message) {

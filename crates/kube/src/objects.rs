@@ -30,7 +30,7 @@ pub enum Part {
 /// # Errors
 /// The server cannot be reached, refuses, or says nothing in time.
 pub async fn read(client: &Client, kind: Kind, namespace: &str, name: &str) -> Result<Option<Value>, Error> {
-    let request = request("GET", path(kind, namespace, Some(name), Part::Main), None);
+    let request = request("GET", &path(kind, namespace, Some(name), Part::Main), None);
     match send(client, request, || format!("read {} {namespace}/{name}", kind.plural)).await {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.code() == Some(404) => Ok(None),
@@ -43,7 +43,7 @@ pub async fn read(client: &Client, kind: Kind, namespace: &str, name: &str) -> R
 /// # Errors
 /// The same, and 404 ([`Error::code`]) when the server does not know the kind.
 pub async fn list(client: &Client, kind: Kind) -> Result<Vec<Value>, Error> {
-    let request = request("GET", path(kind, "", None, Part::Main), None);
+    let request = request("GET", &path(kind, "", None, Part::Main), None);
     let mut list = send(client, request, || format!("list {}", kind.plural)).await?;
     Ok(list.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default())
 }
@@ -53,7 +53,7 @@ pub async fn list(client: &Client, kind: Kind) -> Result<Vec<Value>, Error> {
 /// # Errors
 /// The same, and 409 ([`Error::code`]) when it is there already.
 pub async fn create(client: &Client, kind: Kind, namespace: &str, object: &Value) -> Result<Value, Error> {
-    let request = request("POST", path(kind, namespace, None, Part::Main), Some(object));
+    let request = request("POST", &path(kind, namespace, None, Part::Main), Some(object));
     send(client, request, || format!("create a {} in {namespace}", kind.kind)).await
 }
 
@@ -68,7 +68,7 @@ pub async fn replace(
     name: &str,
     object: &Value,
 ) -> Result<Value, Error> {
-    let request = request("PUT", path(kind, namespace, Some(name), Part::Main), Some(object));
+    let request = request("PUT", &path(kind, namespace, Some(name), Part::Main), Some(object));
     send(client, request, || format!("replace {} {namespace}/{name}", kind.plural)).await
 }
 
@@ -118,7 +118,7 @@ fn path(kind: Kind, namespace: &str, name: Option<&str>, part: Part) -> String {
     path
 }
 
-fn request(method: &str, path: String, body: Option<&Value>) -> http::Request<Vec<u8>> {
+fn request(method: &str, path: &str, body: Option<&Value>) -> http::Request<Vec<u8>> {
     let body = body.map_or_else(Vec::new, |b| b.to_string().into_bytes());
     let mut request = http::Request::new(body);
     *request.method_mut() = method.parse().unwrap_or_default();

@@ -16,6 +16,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use podway_agent::services::config::ServiceMode;
 use podway_agent::{AgentConfig, Credentials, Instance, LogFormat, NetworkMode};
 
 fn main() -> ExitCode {
@@ -66,6 +67,8 @@ fn agent(arguments: &[String]) -> ExitCode {
     podway_agent::logging::init(LogFormat::Text);
     let credentials = Credentials::Kubeconfig(kubeconfig.into());
     let mut config = AgentConfig::new(node, Instance::parse(instance).unwrap(), credentials);
+    // Socket programs would be attached to the whole machine.
+    config.services.mode = ServiceMode::None;
     for option in rest {
         match option.split_once('=') {
             Some(("mtu", mtu)) => config.pod_mtu = Some(mtu.parse().unwrap()),

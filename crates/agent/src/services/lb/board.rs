@@ -15,6 +15,9 @@ use crate::attach::lock;
 /// Label that keeps a node from answering for load balancer addresses (well-known labels of Kubernetes).
 const EXCLUDE_LABEL: &str = "/metadata/labels/node.kubernetes.io~1exclude-from-external-load-balancers";
 
+/// Nodes, and whether an endpoint there is ready (rather than just serving while it ends).
+type Nodes = Vec<(Arc<str>, bool)>;
+
 /// Where the endpoints of an EndpointSlice are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SliceNodes {
@@ -22,8 +25,8 @@ pub(crate) struct SliceNodes {
     pub(crate) name: ObjectName,
     /// Name of the Service; empty when it has none.
     pub(crate) service: String,
-    /// Nodes, and whether an endpoint there is ready (rather than just serving while it ends).
-    pub(crate) nodes: Vec<(Arc<str>, bool)>,
+    /// Where.
+    pub(crate) nodes: Nodes,
 }
 
 impl SliceNodes {
@@ -76,7 +79,7 @@ pub(crate) struct Board {
 struct Inner {
     services: BTreeMap<ObjectName, LbService>,
     /// Nodes by Service, then by slice.
-    slices: BTreeMap<ObjectName, BTreeMap<String, Vec<(Arc<str>, bool)>>>,
+    slices: BTreeMap<ObjectName, BTreeMap<String, Nodes>>,
     /// Service by slice.
     service_of: BTreeMap<ObjectName, ObjectName>,
     nodes: BTreeMap<String, bool>,
@@ -283,7 +286,7 @@ mod tests {
         (("x".into(), "a".into()), LbService::read(&value))
     }
 
-    fn slice(name: &str, endpoints: Value) -> SliceNodes {
+    fn slice(name: &str, endpoints: &Value) -> SliceNodes {
         SliceNodes::read(&json!({"metadata": {"namespace": "x", "name": name,
             "labels": {"kubernetes.io/service-name": "a"}}, "endpoints": endpoints}))
     }
@@ -319,17 +322,17 @@ mod tests {
         board.services(&Change::Synced(vec![service("1", "192.0.2.1")]));
         board.nodes(&Change::Synced(vec![]));
         board.slices(&Change::Synced(vec![
-            slice("one", json!([{"nodeName": "n1"}, {"nodeName": "n2", "conditions": {"ready": false}}])),
-            slice("two", json!([{"nodeName": "n3", "conditions": {"ready": false, "serving": true}}])),
+            slice("one", &json!([{"nodeName": "n1"}, {"nodeName": "n2", "conditions": {"ready": false}}])),
+            slice("two", &json!([{"nodeName": "n3", "conditions": {"ready": false, "serving": true}}])),
         ]));
         let local = || {
             let all = board.snapshot().unwrap().local_nodes;
             all[&("x".to_owned(), "a".to_owned())].iter().cloned().collect::<Vec<_>>()
         };
         assert_eq!(local(), ["n1"]);
-        board.slices(&Change::Deleted(slice("one", json!([]))));
+        board.slices(&Change::Deleted(slice("one", &json!([]))));
         assert_eq!(local(), ["n3"]);
-        board.slices(&Change::Applied(slice("two", json!([]))));
+        board.slices(&Change::Applied(slice("two", &json!([]))));
         assert!(local().is_empty());
     }
 

@@ -89,10 +89,11 @@ impl Controller {
     pub(crate) async fn run(mut self, mut stop: watch::Receiver<bool>) {
         loop {
             tokio::select! {
-                _ = stop.wait_for(|stop| *stop) => break,
-                () = self.board.changed() => tokio::time::sleep(GATHER).await,
+                _ = stop.changed() => break,
+                () = self.board.changed() => {}
                 () = tokio::time::sleep(TURN) => {}
             }
+            tokio::time::sleep(GATHER).await;
             self.turn().await;
         }
         self.elector.release().await;

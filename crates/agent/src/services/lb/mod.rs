@@ -23,6 +23,7 @@ mod pool;
 mod service;
 
 pub(crate) use announcer::Announcer;
-pub(crate) use board::{Board, SliceNodes, read_node};
+pub(crate) use board::{Board, SliceNodes};
 pub(crate) use controller::{Controller, PoolUse};
-pub(crate) use service::{ANNOUNCED_BY, LbService, ObjectName, POOL};
+pub(crate) use pool::Pool;
+pub(crate) use service::{LbService, ObjectName};

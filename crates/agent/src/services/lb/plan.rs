@@ -92,7 +92,7 @@ pub(crate) fn plan(inputs: &Inputs<'_>) -> Plan {
     };
     for service in inputs.services.values() {
         let has = given.get(&service.name).map_or(&[][..], Vec::as_slice);
-        let announcer = announcers.get(&service.name).cloned();
+        let announcer = announcers.get(&service.name);
         plan.writes.extend(difference(service, has, announcer));
     }
     plan
@@ -292,7 +292,7 @@ fn weight(address: &str, node: &str) -> u32 {
     crc32fast::hash(format!("{node}\0{address}").as_bytes())
 }
 
-fn difference(service: &LbService, has: &[Given], announcer: Option<String>) -> Option<Write> {
+fn difference(service: &LbService, has: &[Given], announcer: Option<&String>) -> Option<Write> {
     let addresses: Vec<IpAddr> = has.iter().map(|(a, _)| *a).collect();
     let pool = has.first().map(|(_, pool)| pool.clone());
     // Addresses that somebody else wrote are somebody else's, for as long as we have none for this Service.
@@ -303,7 +303,7 @@ fn difference(service: &LbService, has: &[Given], announcer: Option<String>) -> 
     if pool != service.pool {
         annotations.insert(POOL.to_owned(), json!(pool));
     }
-    if announcer != service.announced_by {
+    if announcer != service.announced_by.as_ref() {
         annotations.insert(ANNOUNCED_BY.to_owned(), json!(announcer));
     }
     let same =

@@ -25,8 +25,8 @@ impl Cluster {
         }
     }
 
-    fn add(&mut self, name: &str, spec: Value, annotations: Value) {
-        let mut spec = spec;
+    fn add(&mut self, name: &str, spec: &Value, annotations: &Value) {
+        let mut spec = spec.clone();
         for (key, default) in [
             ("type", json!("LoadBalancer")),
             ("ipFamilies", json!(["IPv4"])),
@@ -117,8 +117,8 @@ fn only(plan: &Plan) -> (&'static str, &str) {
 #[test]
 fn addresses_are_given_kept_and_released() {
     let mut cluster = Cluster::new(&[small()]);
-    cluster.add("a", json!({}), json!({}));
-    cluster.add("b", json!({}), json!({}));
+    cluster.add("a", &json!({}), &json!({}));
+    cluster.add("b", &json!({}), &json!({}));
     let made = cluster.settle();
     assert_eq!(
         (cluster.addresses("a"), cluster.addresses("b")),
@@ -128,7 +128,7 @@ fn addresses_are_given_kept_and_released() {
     assert_eq!(made.writes[0].event, Some(("LoadBalancerAssigned", "192.0.2.1 from pool small".into())));
     assert_eq!(made.used["small"], 2);
 
-    cluster.add("c", json!({}), json!({}));
+    cluster.add("c", &json!({}), &json!({}));
     let plan = cluster.settle();
     let (reason, message) = only(&plan);
     assert_eq!(reason, "LoadBalancerPoolExhausted");
@@ -152,10 +152,10 @@ fn addresses_are_given_kept_and_released() {
 #[test]
 fn what_somebody_else_wrote_is_left_alone() {
     let mut cluster = Cluster::new(&[]);
-    cluster.add("cloud", json!({}), json!({}));
+    cluster.add("cloud", &json!({}), &json!({}));
     cluster.object("cloud")["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}});
     assert!(cluster.plan().writes.is_empty());
-    cluster.add("other", json!({"loadBalancerClass": "example.com/lb"}), json!({}));
+    cluster.add("other", &json!({"loadBalancerClass": "example.com/lb"}), &json!({}));
     cluster.pools = vec![Pool::read(&small()).unwrap()];
     assert!(cluster.plan().writes.iter().all(|w| w.name.1 == "cloud"));
 }
@@ -163,12 +163,12 @@ fn what_somebody_else_wrote_is_left_alone() {
 #[test]
 fn requests_are_met_or_refused_by_name() {
     let mut cluster = Cluster::new(&[small(), pool("wide", &["198.51.100.0/24", "2001:db8::/120"])]);
-    cluster.add("first", json!({"loadBalancerIP": "192.0.2.2"}), json!({}));
-    cluster.add("second", json!({}), json!({REQUEST: "192.0.2.2"}));
-    cluster.add("third", json!({}), json!({REQUEST: "203.0.113.7"}));
+    cluster.add("first", &json!({"loadBalancerIP": "192.0.2.2"}), &json!({}));
+    cluster.add("second", &json!({}), &json!({REQUEST: "192.0.2.2"}));
+    cluster.add("third", &json!({}), &json!({REQUEST: "203.0.113.7"}));
     let both = json!({"ipFamilies": ["IPv6", "IPv4"]});
-    cluster.add("dual", both, json!({REQUEST: "198.51.100.77,2001:db8::77"}));
-    cluster.add("bad", json!({}), json!({REQUEST: "nonsense"}));
+    cluster.add("dual", &both, &json!({REQUEST: "198.51.100.77,2001:db8::77"}));
+    cluster.add("bad", &json!({}), &json!({REQUEST: "nonsense"}));
     let made = cluster.settle();
     assert_eq!(cluster.addresses("first"), ["192.0.2.2"]);
     assert_eq!(cluster.addresses("dual"), ["198.51.100.77", "2001:db8::77"]);
@@ -194,14 +194,14 @@ fn an_address_is_shared_by_who_agrees_and_answered_for_by_one_node() {
     let mut cluster = Cluster::new(&[pool("wide", &["198.51.100.0/24"])]);
     let key = json!({SHARED: "k"});
     let port = |port: u16, protocol: &str| json!({"ports": [{"port": port, "protocol": protocol}]});
-    cluster.add("dns-udp", port(53, "UDP"), key.clone());
-    cluster.add("dns-tcp", port(53, "TCP"), key.clone());
-    cluster.add("clash", port(53, "TCP"), key.clone());
-    cluster.add("stranger", port(99, "TCP"), json!({SHARED: "other"}));
+    cluster.add("dns-udp", &port(53, "UDP"), &key);
+    cluster.add("dns-tcp", &port(53, "TCP"), &key);
+    cluster.add("clash", &port(53, "TCP"), &key);
+    cluster.add("stranger", &port(99, "TCP"), &json!({SHARED: "other"}));
     cluster.add(
         "local",
-        json!({"ports": [{"port": 7}], "externalTrafficPolicy": "Local", "selector": {"a": "b"}}),
-        key,
+        &json!({"ports": [{"port": 7}], "externalTrafficPolicy": "Local", "selector": {"a": "b"}}),
+        &key,
     );
     cluster.settle();
     assert_eq!(cluster.addresses("dns-udp"), cluster.addresses("dns-tcp"));
@@ -210,7 +210,7 @@ fn an_address_is_shared_by_who_agrees_and_answered_for_by_one_node() {
     }
     assert_eq!(cluster.annotation("dns-udp", ANNOUNCED_BY), cluster.annotation("dns-tcp", ANNOUNCED_BY));
     // Asking for it without agreeing is refused.
-    cluster.add("thief", json!({"loadBalancerIP": cluster.addresses("dns-udp")[0]}), json!({}));
+    cluster.add("thief", &json!({"loadBalancerIP": cluster.addresses("dns-udp")[0]}), &json!({}));
     let plan = cluster.settle();
     assert!(only(&plan).1.contains("equal annotation podway.dev/shared-address"), "{:?}", plan.problems);
 }
@@ -219,10 +219,10 @@ fn an_address_is_shared_by_who_agrees_and_answered_for_by_one_node() {
 fn an_address_stays_on_its_node_while_that_can_serve_it() {
     let mut cluster = Cluster::new(&[pool("wide", &["198.51.100.0/24"])]);
     for i in 0..30 {
-        cluster.add(&format!("s{i}"), json!({}), json!({}));
+        cluster.add(&format!("s{i}"), &json!({}), &json!({}));
     }
     let local = json!({"externalTrafficPolicy": "Local"});
-    cluster.add("local", local, json!({}));
+    cluster.add("local", &local, &json!({}));
     cluster.settle();
     let on = |cluster: &Cluster, node: &str| {
         (0..30)
@@ -257,7 +257,7 @@ fn an_address_stays_on_its_node_while_that_can_serve_it() {
 fn two_that_hold_one_address_are_told_apart_by_age() {
     let mut cluster = Cluster::new(&[small()]);
     for name in ["old", "young"] {
-        cluster.add(name, json!({}), json!({POOL: "small"}));
+        cluster.add(name, &json!({}), &json!({POOL: "small"}));
         cluster.object(name)["status"] = json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.2"}]}});
     }
     let made = cluster.settle();

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 use serde_json::Value;
 
 use super::service::{LbService, strings};
@@ -199,6 +199,23 @@ impl Pool {
         self.ranges.iter().any(|r| r.contains(address))
     }
 
+    /// What it has, as prefixes.
+    pub(crate) fn prefixes(&self) -> Vec<IpNet> {
+        let of = |range: &Range| -> Vec<IpNet> {
+            match (address(range.first, range.v6), address(range.last, range.v6)) {
+                (IpAddr::V4(first), IpAddr::V4(last)) => {
+                    Ipv4Subnets::new(first, last, 0).map(IpNet::V4).collect()
+                }
+                (IpAddr::V6(first), IpAddr::V6(last)) => {
+                    Ipv6Subnets::new(first, last, 0).map(IpNet::V6).collect()
+                }
+                // Both ends of a range are of one family.
+                _ => Vec::new(),
+            }
+        };
+        self.ranges.iter().flat_map(of).collect()
+    }
+
     /// Whether it has addresses of a family.
     #[must_use]
     pub(crate) fn has_family(&self, v6: bool) -> bool {
@@ -286,14 +303,14 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn read(spec: Value) -> Result<Pool, String> {
+    fn read(spec: &Value) -> Result<Pool, String> {
         Pool::read(&json!({"metadata": {"name": "p"}, "spec": spec}))
     }
 
     #[test]
     fn a_pool_hands_out_what_hosts_can_have() {
         let pool =
-            read(json!({"cidrs": ["192.0.2.0/30", "2001:db8::/64"], "ranges": ["192.0.2.9-192.0.2.10"]}));
+            read(&json!({"cidrs": ["192.0.2.0/30", "2001:db8::/64"], "ranges": ["192.0.2.9-192.0.2.10"]}));
         let pool = pool.unwrap();
         assert_eq!((pool.size(false), pool.size(true)), (4, u128::from(u64::MAX)));
         let mut taken = BTreeSet::new();
@@ -303,9 +320,13 @@ mod tests {
         let got: Vec<String> = taken.iter().map(ToString::to_string).collect();
         assert_eq!(got, ["192.0.2.1", "192.0.2.2", "192.0.2.9", "192.0.2.10"]);
         assert_eq!(pool.free(true, |_| false), Some(ip("2001:db8::1")));
+        let prefixes = pool.prefixes();
+        assert!(prefixes.contains(&"192.0.2.9/32".parse().unwrap()), "{prefixes:?}");
+        assert!(prefixes.iter().any(|p| p.contains(&ip("2001:db8::ffff"))));
+        assert!(!prefixes.iter().any(|p| p.contains(&ip("192.0.2.3"))));
         assert!(pool.contains(ip("2001:db8::ffff")) && !pool.contains(ip("192.0.2.3")));
         for (cidr, size) in [("192.0.2.7/32", 1), ("192.0.2.6/31", 2), ("2001:db8::/127", 2)] {
-            let pool = read(json!({"cidrs": [cidr]})).unwrap();
+            let pool = read(&json!({"cidrs": [cidr]})).unwrap();
             assert_eq!(pool.size(false) + pool.size(true), size, "{cidr}");
         }
     }
@@ -327,7 +348,7 @@ mod tests {
                 "operator",
             ),
         ] {
-            let error = read(spec.clone()).unwrap_err();
+            let error = read(&spec).unwrap_err();
             assert!(error.starts_with("LoadBalancerPool p: ") && error.contains(part), "{spec}: {error}");
         }
     }
@@ -341,7 +362,7 @@ mod tests {
             )
             .unwrap()
         };
-        let pool = read(json!({"cidrs": ["192.0.2.0/24"], "namespaces": ["shop"],
+        let pool = read(&json!({"cidrs": ["192.0.2.0/24"], "namespaces": ["shop"],
             "serviceSelector": {"matchLabels": {"tier": "web"},
                 "matchExpressions": [{"key": "old", "operator": "DoesNotExist"},
                                      {"key": "tier", "operator": "NotIn", "values": ["db"]}]}}));
