@@ -132,6 +132,7 @@ pub fn put(lab: &LabName, fault: Fault) -> anyhow::Result<()> {
             faults.push(fault);
         }
     })
+    .map(drop)
 }
 
 /// Forgets the faults of a node that goes.
@@ -142,18 +143,16 @@ pub(crate) fn forget(lab: &LabName, node: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether a process that delays packets is not there any more.
-pub(crate) fn need_mending(lab: &LabName) -> anyhow::Result<bool> {
+/// Starts again what delays packets and has ended. Returns whether there was such a process.
+pub(crate) fn mend(lab: &LabName) -> anyhow::Result<bool> {
     let relays = StateDir::of(lab).relays()?.unwrap_or_default();
-    Ok(delays(&list(lab)?).any(|(a, b, micros)| !relays.iter().any(|r| r.serves(a, b, micros))))
+    let whole = delays(&list(lab)?).all(|(a, b, micros)| relays.iter().any(|r| r.serves(a, b, micros)));
+    // Without the lock a change half-way looks like this, too; with it, there is nothing to start then.
+    if whole { Ok(false) } else { change(lab, |_| ()) }
 }
 
-/// Puts into force again what is wrong between the nodes.
-pub(crate) fn mend(lab: &LabName) -> anyhow::Result<()> {
-    change(lab, |_| ())
-}
-
-fn change(lab: &LabName, edit: impl FnOnce(&mut Vec<Fault>)) -> anyhow::Result<()> {
+/// Returns whether a process that delays packets had to be started.
+fn change(lab: &LabName, edit: impl FnOnce(&mut Vec<Fault>)) -> anyhow::Result<bool> {
     let _lock = Lock::acquire()?;
     let state = StateDir::of(lab);
     let before = list(lab)?;
@@ -189,7 +188,7 @@ fn change(lab: &LabName, edit: impl FnOnce(&mut Vec<Fault>)) -> anyhow::Result<(
     // Only after the rules, so that what is to pass without delay never waits for it.
     let (unused, used) = if done.is_ok() { (&old, &relays) } else { (&relays, &old) };
     unused.iter().filter(|relay| !used.contains(relay)).for_each(Relay::stop);
-    done
+    done.map(|()| relays.iter().any(|relay| !old.contains(relay)))
 }
 
 /// Pairs with a delay in microseconds.

@@ -70,13 +70,7 @@ impl Nodes {
         loop {
             tokio::time::sleep(LINKS_LOOK).await;
             let lab = self.spec.name.clone();
-            let looked = tokio::task::spawn_blocking(move || -> anyhow::Result<bool> {
-                let broken = faults::need_mending(&lab)?;
-                if broken {
-                    faults::mend(&lab)?;
-                }
-                Ok(broken)
-            });
+            let looked = tokio::task::spawn_blocking(move || faults::mend(&lab));
             match looked.await.unwrap_or_else(|e| Err(e.into())) {
                 Ok(false) => {}
                 Ok(true) => tracing::warn!("a process that delays packets had ended; it is started again"),
