@@ -7,11 +7,12 @@
 AS_CALLER := scripts/as-caller
 PODWAY := target/release/podway
 
-.PHONY: help setup build demo test vm check budget clean
+.PHONY: help setup build demo test cases vm check budget clean
 
 help:
 	@echo "sudo make demo    set up, build, and bring up the example cluster"
 	@echo "sudo make test    set up, build, and run every test"
+	@echo "make cases        run other projects' test cases from PODWAY_CASES; one suite with SUITE=services"
 	@echo "sudo make vm      run the datapath's tests on kernel 6.1, in a virtual machine"
 	@echo "sudo make setup   install what is missing (Debian packages, bpf-linker)"
 	@echo "make build        build the kernel object and $(PODWAY)"
@@ -34,6 +35,10 @@ test: setup build
 	@$(AS_CALLER) cargo xtask test-build
 	@$(AS_CALLER) cargo build --quiet --package xtask
 	@target/debug/xtask test-run $(TESTS)
+
+# Cases are data, kept outside of this tree: in ../shared/cases, or wherever PODWAY_CASES says.
+cases:
+	@$(AS_CALLER) cargo run --quiet --locked --package podway-cases -- $(SUITE)
 
 # Any kernels: make vm KERNELS="6.1 6.12"
 KERNELS := 6.1

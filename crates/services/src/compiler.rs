@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use podway_model::{EndpointSlice, Service};
+use podway_model::{EndpointSlice, Service, endpoint_slice::AddressType};
 
 use crate::{
     claims::{Claim, Claims, Key, Owner},
@@ -343,9 +343,14 @@ impl Compiler {
         if slices.get(&key.name) == Some(slice) {
             return touched;
         }
-        slices.insert(Arc::clone(&key.name), slice.clone());
+        let old = slices.insert(Arc::clone(&key.name), slice.clone());
         self.slices.insert(key, owner.clone());
-        touched.push(owner);
+        // Names instead of addresses are nothing to compile.
+        if old.is_some_and(|old| old.address_type != AddressType::Fqdn)
+            || slice.address_type != AddressType::Fqdn
+        {
+            touched.push(owner);
+        }
         touched
     }
 

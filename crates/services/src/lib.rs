@@ -13,6 +13,7 @@ mod findings;
 mod ids;
 mod lower;
 pub mod maglev;
+mod node_ports;
 mod ranges;
 mod report;
 mod select;
@@ -24,6 +25,7 @@ pub use compiler::{Changes, Compiler, Work};
 pub use decide::{Decision, Flow, Verdict, decide, frontend, origin};
 pub use findings::Finding;
 pub use lower::{HostPort, NotHandled};
+pub use node_ports::NodePortAddresses;
 pub use report::{
     EndpointReport, ExternalAddress, FrontendReport, HealthCheck, PortReport, ServiceReport, UnusedSlice,
 };

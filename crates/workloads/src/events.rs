@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::endpoints;
 use crate::planner::Planner;
 use crate::read;
 use crate::services;
@@ -36,7 +37,7 @@ pub(crate) fn retract(planner: &mut Planner<'_, '_>) {
         !event.deleting
             && read::text(event.value, "type") == Some("Warning")
             && read::text(event.value, "involvedObject.kind") == Some("Service")
-            && (component == Some(services::COMPONENT) || component == Some(INVALID_COMPONENT))
+            && [services::COMPONENT, endpoints::COMPONENT, INVALID_COMPONENT].map(Some).contains(&component)
     };
     for event in world.all(Kind::Event).iter().filter(ours) {
         if !holds.contains(&(event.namespace.to_owned(), event.name.to_owned())) {

@@ -14,6 +14,9 @@ use crate::selector::Selector;
 use crate::services::Family;
 use crate::world::{Kind, Object, Pod, World};
 
+/// Whom its events are from.
+pub(crate) use slices::CONTROLLER as COMPONENT;
+
 /// Label of a slice: which Service it is of.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
@@ -50,6 +53,8 @@ struct Service<'a> {
     headless: bool,
     publish_not_ready: bool,
     distribution: Option<&'a str>,
+    /// Endpoints are shared out among the zones.
+    auto_hints: bool,
     ports: Vec<ServicePort<'a>>,
 }
 
@@ -92,6 +97,7 @@ impl<'a> Service<'a> {
             headless: cluster_ip == "None",
             publish_not_ready: read::boolean(value, "spec.publishNotReadyAddresses")?.unwrap_or(false),
             distribution: read::string(value, "spec.trafficDistribution")?,
+            auto_hints: crate::hints::wants_auto(value),
             ports,
         }))
     }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::{HEADLESS, MANAGED_BY, SERVICE_NAME, Service, TRIGGER_TIME, address, hostname, same, target_ref};
+use crate::hints;
 use crate::op::rfc3339;
 use crate::planner::Planner;
 use crate::read;
@@ -13,7 +14,7 @@ use crate::services::Family;
 use crate::workloads::owner_reference;
 use crate::world::{Kind, Object, Pod, World};
 
-const CONTROLLER: &str = "endpointslice-controller.k8s.io";
+pub(crate) const CONTROLLER: &str = "endpointslice-controller.k8s.io";
 
 /// Whether a slice is this controller's.
 fn is_ours(slice: &Object<'_>) -> bool {
@@ -95,9 +96,9 @@ fn reconcile_family(
         }
     }
     let mut new = Vec::new();
-    let mut in_use = 0;
+    let mut kept = Vec::new();
     for ((ports, wanted), mut slices) in groups.into_iter().zip(slices_of) {
-        let mut left = keep(&mut slices, wanted).into_iter();
+        let mut left = keep(&mut slices, wanted, service.auto_hints).into_iter();
         // Slices that change anyway take what is left, then others with room, then new ones.
         slices.sort_by_key(|slice| !slice.changed);
         for slice in &mut slices {
@@ -116,12 +117,17 @@ fn reconcile_family(
             if slice.endpoints.is_empty() {
                 spare.push(slice.object);
             } else {
-                in_use += 1;
-                write(planner, service, &slice.object, &ports, slice.endpoints.into(), slice.changed);
+                kept.push((ports.clone(), slice));
             }
         }
     }
-    let placeholder = in_use == 0 && new.is_empty();
+    let placeholder = kept.is_empty() && new.is_empty();
+    if service.auto_hints && !placeholder {
+        share_out(planner, service, &mut kept, &mut new);
+    }
+    for (ports, slice) in kept {
+        write(planner, service, &slice.object, &ports, slice.endpoints.into(), slice.changed);
+    }
     let mut spare = spare.into_iter();
     for (ports, endpoints) in new {
         // A slice that has lost its endpoints is used again, rather than one deleted and one created.
@@ -144,8 +150,52 @@ fn reconcile_family(
     spare.for_each(|object| planner.delete(Kind::EndpointSlice, &object));
 }
 
-/// Distribute the wanted endpoints over the slices that have them already; returns those that are in none.
-fn keep(slices: &mut [Slice<'_>], wanted: Vec<Wanted<'_>>) -> Vec<Value> {
+/// Hints for `Auto`, over all slices of a family. Why there are none is said in an event.
+fn share_out(
+    planner: &mut Planner<'_, '_>,
+    service: &Service<'_>,
+    kept: &mut [(Value, Slice<'_>)],
+    new: &mut [(Value, Vec<Value>)],
+) {
+    let shares = hints::zone_shares(planner.world.nodes.iter().map(share));
+    let mut slices = hints::Slices::default();
+    let mut take = |endpoints: &mut Vec<Value>, changed: bool| {
+        let list = if changed { &mut slices.written } else { &mut slices.unchanged };
+        list.push(std::mem::take(endpoints));
+    };
+    new.iter_mut().for_each(|(_, endpoints)| take(endpoints, true));
+    kept.iter_mut().for_each(|(_, slice)| take(&mut slice.endpoints, slice.changed));
+    let (changed, result) = hints::assign(&mut slices, shares.as_ref());
+    let mut written = slices.written.into_iter();
+    let mut unchanged = slices.unchanged.into_iter().zip(changed);
+    for (_, endpoints) in new {
+        *endpoints = written.next().unwrap_or_default();
+    }
+    for (_, slice) in kept {
+        if slice.changed {
+            slice.endpoints = written.next().unwrap_or_default();
+        } else if let Some((endpoints, changed)) = unchanged.next() {
+            (slice.endpoints, slice.changed) = (endpoints, changed);
+        }
+    }
+    if let Err(why) = result {
+        planner.warning(&service.object, CONTROLLER, "TopologyAwareHintsDisabled", why.to_string());
+    }
+}
+
+/// What a node counts for when endpoints are shared out among zones.
+fn share<'a>(node: &Object<'a>) -> hints::NodeShare<'a> {
+    let ready = read::condition(node.value, "Ready").and_then(|c| read::text(c, "status")) == Some("True");
+    hints::NodeShare {
+        usable: ready && !hints::CONTROL_PLANE.iter().any(|label| read::label(node.labels, label).is_some()),
+        zone: read::label(node.labels, ZONE),
+        milli_cpu: read::at(node.value, "status.allocatable.cpu").and_then(hints::milli).unwrap_or(0),
+    }
+}
+
+/// Distribute the wanted endpoints over the slices that have them already; returns those that are in none. With
+/// `keep_hints`, endpoints have the hints that they had.
+fn keep(slices: &mut [Slice<'_>], wanted: Vec<Wanted<'_>>, keep_hints: bool) -> Vec<Value> {
     let mut order = Vec::with_capacity(wanted.len());
     let mut wanted: HashMap<&str, Value> = wanted
         .into_iter()
@@ -158,7 +208,10 @@ fn keep(slices: &mut [Slice<'_>], wanted: Vec<Wanted<'_>>) -> Vec<Value> {
         for old in read::list(slice.object.value, "endpoints").unwrap_or_default() {
             // What is not wanted, or has been found in another slice, goes.
             match read::text(old, "targetRef.uid").and_then(|uid| wanted.remove(uid)) {
-                Some(value) => {
+                Some(mut value) => {
+                    if keep_hints && let Some(hints) = old.get("hints") {
+                        value["hints"] = hints.clone();
+                    }
                     slice.changed |= *old != value;
                     slice.endpoints.push(value);
                 }
@@ -189,27 +242,11 @@ fn endpoint(world: &World<'_>, service: &Service<'_>, pod: &Pod<'_>, family: Fam
     if let Some(zone) = zone {
         endpoint["zone"] = zone.into();
     }
-    if ready && let Some(hints) = hints(service.distribution, pod.node, zone) {
+    let distribution = service.distribution.filter(|_| !service.auto_hints);
+    if let Some(hints) = hints::by_distribution(distribution, ready, pod.node, zone) {
         endpoint["hints"] = hints;
     }
     Some(endpoint)
-}
-
-/// `trafficDistribution` (KEP-3015): an endpoint is for its own zone, and for its own node where that is preferred.
-fn hints(distribution: Option<&str>, node: Option<&str>, zone: Option<&str>) -> Option<Value> {
-    let for_node = match distribution? {
-        "PreferClose" | "PreferSameZone" => None,
-        "PreferSameNode" => node,
-        _ => return None,
-    };
-    let mut hints = json!({});
-    if let Some(zone) = zone {
-        hints["forZones"] = json!([{ "name": zone }]);
-    }
-    if let Some(node) = for_node {
-        hints["forNodes"] = json!([{ "name": node }]);
-    }
-    (zone.is_some() || for_node.is_some()).then_some(hints)
 }
 
 fn ports(service: &Service<'_>, numbers: &[Option<u16>]) -> Value {

@@ -227,6 +227,45 @@ fn hints_follow_traffic_distribution() {
 }
 
 #[test]
+fn auto_hints_share_endpoints_out_by_processors() {
+    let mut cluster = Cluster::new(Config::default());
+    for (i, (zone, cpu)) in [("a", json!("2")), ("b", json!("1500m")), ("b", json!(0.5))].iter().enumerate() {
+        cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{i}"),
+            "labels": {"topology.kubernetes.io/zone": zone}},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}], "allocatable": {"cpu": cpu}}}));
+    }
+    let mut wanted = service(&json!({"trafficDistribution": "PreferSameNode"}));
+    wanted["metadata"]["annotations"] = json!({"service.kubernetes.io/topology-mode": "Auto"});
+    cluster.apply(wanted);
+    web(&mut cluster, 6, &http());
+    cluster.run();
+    let by_zone = |cluster: &Cluster| {
+        let mut zones = std::collections::BTreeMap::new();
+        for endpoint in endpoints(cluster) {
+            let zone = endpoint.pointer("/hints/forZones/0/name").and_then(Value::as_str).unwrap_or("none");
+            assert!(endpoint.pointer("/hints/forNodes").is_none());
+            *zones.entry(zone.to_owned()).or_insert(0) += 1;
+        }
+        zones.into_iter().collect::<Vec<_>>()
+    };
+    // Both zones have two processors, wherever the pods are.
+    assert_eq!(by_zone(&cluster), [("a".to_owned(), 3), ("b".to_owned(), 3)]);
+    // A node without a zone: nobody knows what would be overloaded.
+    cluster.apply(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-9"},
+        "status": {"conditions": [{"type": "Ready", "status": "True"}], "allocatable": {"cpu": "1"}}}));
+    cluster.settle();
+    assert_eq!(by_zone(&cluster), [("none".to_owned(), 6)]);
+    let warned = |cluster: &Cluster| {
+        cluster.events("web").iter().any(|event| event.starts_with("Insufficient Node information"))
+    };
+    assert!(warned(&cluster));
+    cluster.delete("Node", "", "node-9");
+    cluster.settle();
+    assert_eq!(by_zone(&cluster), [("a".to_owned(), 3), ("b".to_owned(), 3)]);
+    assert!(!warned(&cluster), "the warning outlives its cause");
+}
+
+#[test]
 fn endpoints_that_people_write_are_mirrored() {
     let mut cluster = Cluster::new(Config::default());
     cluster.apply_yaml(
