@@ -1,5 +1,7 @@
 //! `runtimeConfig`: what the runtime asks for by capability (CNI conventions, "Dynamic Plugin specific fields").
 //! The capabilities are `portMappings` and `bandwidth`; every other one is refused by name.
+//!
+//! Within these two, names are taken in whatever case: containerd writes `HostPort` and `IngressRate`.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -213,11 +215,11 @@ fn port_mapping(field: &str, value: &Value) -> Result<PortMapping, CniError> {
     };
     known(field, object, &["hostPort", "containerPort", "protocol", "hostIP"])?;
     let port = |key: &str| {
-        let value = object.get(key).unwrap_or(&Value::Null);
+        let value = field_of(object, key).unwrap_or(&Value::Null);
         let number = value.as_u64().and_then(|n| u16::try_from(n).ok()).filter(|n| *n != 0);
         number.ok_or_else(|| wrong(&format!("{field}.{key}"), value, "a port, 1 to 65535"))
     };
-    let protocol = match object.get("protocol") {
+    let protocol = match field_of(object, "protocol") {
         // As in a Pod.
         None | Some(Value::Null) => Protocol::Tcp,
         Some(value) => value
@@ -225,7 +227,7 @@ fn port_mapping(field: &str, value: &Value) -> Result<PortMapping, CniError> {
             .and_then(|name| if name.is_empty() { Some(Protocol::Tcp) } else { Protocol::parse(name) })
             .ok_or_else(|| wrong(&format!("{field}.protocol"), value, "tcp, udp or sctp"))?,
     };
-    let host_ip = match object.get("hostIP") {
+    let host_ip = match field_of(object, "hostIP") {
         None | Some(Value::Null) => None,
         Some(Value::String(text)) if text.is_empty() => None,
         Some(value) => {
@@ -256,7 +258,7 @@ fn bandwidth(value: &Value) -> Result<Bandwidth, CniError> {
         other => return Err(wrong(FIELD, other, "an object of rates and bursts")),
     };
     known(FIELD, object, &["ingressRate", "ingressBurst", "egressRate", "egressBurst"])?;
-    let number = |key: &str, max: u64, rule: &str| match object.get(key) {
+    let number = |key: &str, max: u64, rule: &str| match field_of(object, key) {
         None | Some(Value::Null) => Ok(0),
         Some(value) => value
             .as_u64()
@@ -288,9 +290,14 @@ fn half(given: &str, value: u64, missing: &str) -> CniError {
     CniError::new(code::INVALID_CONFIG, msg)
 }
 
+fn field_of<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    object.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+}
+
 /// Refuses fields that would otherwise be ignored in silence.
 fn known(field: &str, object: &Map<String, Value>, names: &[&str]) -> Result<(), CniError> {
-    match object.iter().find(|(key, value)| !names.contains(&key.as_str()) && !is_nothing(value)) {
+    let is_known = |key: &str| names.iter().any(|name| name.eq_ignore_ascii_case(key));
+    match object.iter().find(|(key, value)| !is_known(key) && !is_nothing(value)) {
         Some((key, value)) => Err(CniError::new(
             code::UNSUPPORTED_FIELD,
             format!("field \"{field}.{key}\" with value {value} is not supported"),
@@ -314,9 +321,9 @@ mod tests {
                 {"hostPort": 8080, "containerPort": 53, "protocol": "UDP", "hostIP": ""},
                 {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"},
                 {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "10.0.0.1"},
-                {"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::"},
+                {"HostPort": 53, "ContainerPort": 53, "Protocol": "udp", "HostIP": "::"},
             ],
-            "bandwidth": {"ingressRate": 1_000_000, "ingressBurst": u32::MAX, "egressRate": 0, "egressBurst": 0},
+            "bandwidth": {"IngressRate": 1_000_000, "IngressBurst": u32::MAX, "EgressRate": 0, "EgressBurst": 0},
             "ips": [],
         });
         let config = RuntimeConfig::parse(Some(&config)).unwrap();
