@@ -15,3 +15,4 @@ mod links;
 mod live;
 mod paths;
 mod projects;
+mod runtimes;
