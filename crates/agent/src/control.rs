@@ -607,7 +607,11 @@ impl Control {
         let settings = &self.config.masquerade;
         let result = if settings.enabled {
             let not_to = view.inside.iter().chain(&settings.exclude).copied().collect();
-            let rules = Rules { from: view.own.pod_cidrs.clone(), not_to };
+            let tunnel_port = match self.config.mode {
+                NetworkMode::Vxlan { port, .. } => Some(port),
+                NetworkMode::Direct => None,
+            };
+            let rules = Rules { from: view.own.pod_cidrs.clone(), not_to, tunnel_port };
             self.masquerade.apply(&rules)
         } else if self.masquerade_removed {
             Ok(false)

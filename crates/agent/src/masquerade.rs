@@ -19,6 +19,10 @@ pub struct Rules {
     pub from: Vec<IpNet>,
     /// To where they keep their source: the cluster and what the configuration excludes.
     pub not_to: Vec<IpNet>,
+    /// UDP port of the tunnel between nodes. Its packets are nobody's to translate, and following each of them as a
+    /// connection, which address translation otherwise makes the kernel do, costs more than all else that is done
+    /// with them here.
+    pub tunnel_port: Option<u16>,
 }
 
 impl Rules {
@@ -37,8 +41,20 @@ impl Rules {
              \t\tip saddr @pods4 ip daddr != @inside4 ip daddr != { 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255 } \
              masquerade fully-random\n\
              \t\tip6 saddr @pods6 ip6 daddr != @inside6 ip6 daddr != { fe80::/10, ff00::/8 } masquerade fully-random\n\
-             \t}\n}\n",
+             \t}\n",
         );
+        if let Some(port) = self.tunnel_port {
+            for hook in ["prerouting", "output"] {
+                let _ = write!(
+                    text,
+                    "\tchain tunnel_{hook} {{\n\
+                     \t\ttype filter hook {hook} priority raw; policy accept;\n\
+                     \t\tudp dport {port} notrack\n\
+                     \t}}\n"
+                );
+            }
+        }
+        text.push_str("}\n");
         text
     }
 }
@@ -107,6 +123,7 @@ mod tests {
         let rules = Rules {
             from: nets(&["10.244.1.0/24", "fd00:10:244:1::/64"]),
             not_to: nets(&["10.244.1.0/24", "10.244.0.0/24", "172.18.1.1/32", "10.244.1.7/32", "fd00::/16"]),
+            tunnel_port: Some(8472),
         };
         let text = rules.transaction();
         assert!(
@@ -123,6 +140,18 @@ mod tests {
                 "set inside6 {\n\t\ttype ipv6_addr\n\t\tflags interval\n\t\telements = { fd00::/16 }"
             )
         );
+    }
+
+    #[test]
+    fn no_connections_are_followed_on_the_port_of_the_tunnel() {
+        let with = Rules { tunnel_port: Some(4789), ..Rules::default() }.transaction();
+        assert_eq!(with.matches("udp dport 4789 notrack").count(), 2, "{with}");
+        assert!(
+            with.contains("hook prerouting priority raw") && with.contains("hook output priority raw"),
+            "{with}"
+        );
+        assert_eq!(with.matches('{').count(), with.matches('}').count(), "{with}");
+        assert!(!Rules::default().transaction().contains("notrack"));
     }
 
     #[test]

@@ -615,6 +615,7 @@ fn flushed_masquerade_rules_are_put_right() {
     let rules = podway_agent::masquerade::Rules {
         from: vec!["10.244.1.0/24".parse().unwrap(), "fd00:10:244:1::/64".parse().unwrap()],
         not_to: vec!["10.244.0.0/16".parse().unwrap(), "fd00::/16".parse().unwrap()],
+        tunnel_port: Some(8472),
     };
     world.nodes[0]
         .ns
