@@ -59,7 +59,7 @@ impl Datapath {
     /// # Errors
     /// [`Error::Attach`] when the device is gone or the kernel refuses.
     pub fn attach_uplink(&self, ifindex: u32) -> Result<()> {
-        self.attach(ifindex, Hook::FromUplink)
+        self.attach(ifindex, Hook::FromUplink).map(drop)
     }
 
     /// Attaches to both directions of the tunnel device, or replaces the programs there.
@@ -68,17 +68,23 @@ impl Datapath {
     /// As [`Datapath::attach_uplink`].
     pub fn attach_tunnel(&self, ifindex: u32) -> Result<()> {
         self.attach(ifindex, Hook::FromTunnel)?;
-        self.attach(ifindex, Hook::ToTunnel)
+        self.attach(ifindex, Hook::ToTunnel).map(drop)
     }
 
     /// Attaches to both directions of the host side of a pod's veth, or replaces the programs there. They go
-    /// with the device.
+    /// with the device. Returns the names of those that were not there, which for a pod that was attached before
+    /// means that somebody removed them.
     ///
     /// # Errors
     /// As [`Datapath::attach_uplink`].
-    pub fn attach_pod(&self, ifindex: u32) -> Result<()> {
-        self.attach(ifindex, Hook::FromPod)?;
-        self.attach(ifindex, Hook::ToPod)
+    pub fn attach_pod(&self, ifindex: u32) -> Result<Vec<&'static str>> {
+        let mut made = Vec::new();
+        for hook in [Hook::FromPod, Hook::ToPod] {
+            if self.attach(ifindex, hook)? {
+                made.push(hook.name());
+            }
+        }
+        Ok(made)
     }
 
     /// Removes the programs from the underlay device.
@@ -117,7 +123,8 @@ impl Datapath {
         Ok(pinned && self.maps_are_pinned()?)
     }
 
-    fn attach(&self, ifindex: u32, hook: Hook) -> Result<()> {
+    /// Whether there was none to replace.
+    fn attach(&self, ifindex: u32, hook: Hook) -> Result<bool> {
         let interface = interface_name(ifindex, hook)?;
         let mut ebpf = self.ebpf();
         let program = program(&mut ebpf, hook)?;
@@ -164,7 +171,7 @@ const fn direction(hook: Hook) -> TcAttachType {
 /// Swaps the program into the pinned link, or makes and pins a new link.
 ///
 /// A pin may outlive its device; the kernel then refuses the swap and the pin is made anew.
-fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<()> {
+fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &Path) -> Result<bool> {
     let adopted = PinnedLink::from_pin(pin)
         .ok()
         .and_then(|old| SchedClassifierLink::try_from(FdLink::from(old)).ok())
@@ -172,7 +179,7 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
     if let Some(id) = adopted {
         // The pin keeps the link; our own descriptor is not needed.
         program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
-        return Ok(());
+        return Ok(false);
     }
     remove_pin(pin)?;
     // First in the chain: no other program may see or divert a pod's packet before it was judged.
@@ -194,15 +201,16 @@ fn attach_tcx(program: &mut SchedClassifier, interface: &str, hook: Hook, pin: &
     let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
     let link = FdLink::try_from(link).map_err(|e| failed("attach", hook, interface, e))?;
     link.pin(pin).map_err(|e| failed("attach", hook, interface, e))?;
-    Ok(())
+    Ok(true)
 }
 
-fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<()> {
+fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> Result<bool> {
     // An existing qdisc comes back as one of several errors; where there is none, attaching fails below and
     // says so.
     let _ = tc::qdisc_add_clsact(interface);
     let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
     let made = program.attach_with_options(interface, direction(hook), TcAttachOptions::Netlink(options));
+    let is_new = made.is_ok();
     let id = match made {
         Ok(id) => id,
         // A predecessor's filter is there: the program is swapped within it.
@@ -216,7 +224,7 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: Hook) -> 
     let link = program.take_link(id).map_err(|e| failed("attach", hook, interface, e))?;
     // Dropping the link would detach the filter, which is to stay.
     std::mem::forget(link);
-    Ok(())
+    Ok(is_new)
 }
 
 /// Removes the filters of every hook from a device; those that are not there are no error.

@@ -472,6 +472,25 @@ fn programs_outlive_their_loader() {
 }
 
 #[test]
+fn removed_filters_of_a_pod_are_noticed() {
+    if !can_run() {
+        return;
+    }
+    let net = Net::new("pwt-refilter");
+    let test = TestDatapath::new("refilter", AttachMethod::of_this_kernel());
+    let pod = net.interfaces.pod_1;
+    net.node
+        .run(|| {
+            assert_eq!(test.get().attach_pod(pod).unwrap(), ["from_pod", "to_pod"]);
+            assert!(test.get().attach_pod(pod).unwrap().is_empty(), "replaced");
+            podway_bpf_host::Datapath::remove_filters(pod);
+            assert_eq!(test.get().attach_pod(pod).unwrap(), ["from_pod", "to_pod"]);
+            assert!(test.get().attach_pod(pod).unwrap().is_empty(), "replaced");
+        })
+        .unwrap();
+}
+
+#[test]
 fn removed_pins_are_noticed() {
     if !can_run() {
         return;

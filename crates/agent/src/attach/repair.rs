@@ -65,7 +65,13 @@ impl Attacher {
                 continue;
             }
             match self.put_right(&mut netlink, &id, &pod, &wrong, thorough) {
-                Ok(()) => repairs.extend(wrong),
+                Ok(missing) => {
+                    if !missing.is_empty() {
+                        let found = format!("{id}: {} had no {}", link.name, missing.join(" and no "));
+                        repairs.push(Repair::new("pod_programs", found));
+                    }
+                    repairs.extend(wrong);
+                }
                 // The namespace of the pod went away, and the link with it.
                 Err(AttachError::Link(e)) if e.is_not_found() => {}
                 Err(error) => {
@@ -95,6 +101,7 @@ impl Attacher {
         })
     }
 
+    /// Returns the programs that were missing.
     fn put_right(
         &self,
         netlink: &mut Netlink,
@@ -102,13 +109,12 @@ impl Attacher {
         pod: &Attached,
         wrong: &[Repair],
         thorough: bool,
-    ) -> Result<(), AttachError> {
+    ) -> Result<Vec<&'static str>, AttachError> {
         // The programs first: nothing may pass a link that has none.
-        if thorough || !wrong.is_empty() {
-            self.datapath.attach_pod(pod.ifindex)?;
-        }
+        let missing =
+            if thorough || !wrong.is_empty() { self.datapath.attach_pod(pod.ifindex)? } else { Vec::new() };
         if wrong.is_empty() {
-            return Ok(());
+            return Ok(missing);
         }
         for repair in wrong {
             match repair.what {
@@ -120,7 +126,8 @@ impl Attacher {
                 _ => {}
             }
         }
-        steps::host_side(netlink, pod.ifindex, id, &pod.addresses, self.node(), &pod.owner.runtime)
+        steps::host_side(netlink, pod.ifindex, id, &pod.addresses, self.node(), &pod.owner.runtime)?;
+        Ok(missing)
     }
 }
 
