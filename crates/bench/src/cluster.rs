@@ -8,7 +8,7 @@ use podway_lab::client::Client;
 use podway_lab::down;
 use podway_lab::manifest::{Loaded, Object, Origin};
 use podway_lab::observe::Observation;
-use podway_lab::spec::{Family, LabName, LabSpec, Mode, UnderlayFamily};
+use podway_lab::spec::{Family, LabName, LabSpec, Mode, ServiceMode, UnderlayFamily};
 use podway_lab::up::{self, Made, Waited};
 use serde_json::{Value, json};
 
@@ -50,6 +50,8 @@ impl Cluster {
             pod_mtu: None,
             vxlan_port: 8472,
             vxlan_vni: 1,
+            service_mode: ServiceMode::Ebpf,
+            load_balancer_pool: Vec::new(),
         };
         if up::ensure(&spec, |_| {})? == Made::Running {
             bail!("lab {name} runs already; remove it with podway lab down {name}");

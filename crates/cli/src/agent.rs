@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use podway_agent::services::config::ServicesConfig;
 use podway_agent::{AgentConfig, CleanupReport, Credentials, Masquerade, NetworkMode};
 use podway_bpf_host::{Datapath, Flow};
 use serde_json::json;
@@ -28,6 +29,14 @@ pub(crate) fn run(args: Agent) -> anyhow::Result<u8> {
     config.masquerade = Masquerade { enabled: args.masquerade, exclude: args.masquerade_exclude };
     config.metrics_address = (!args.no_metrics).then_some(args.metrics_address);
     config.probe_port = args.probe_port;
+    config.services = ServicesConfig {
+        mode: args.service_mode.of_agent(),
+        service_cidrs: args.service_cidr,
+        node_port_addresses: args.node_port_addresses,
+        cgroup: args.cgroup,
+        load_balancer_pool: args.load_balancer_pool,
+        ..ServicesConfig::default()
+    };
     podway_agent::run(config).map(|()| OK).map_err(|error| {
         tracing::error!(%error, "the agent cannot run");
         error.into()

@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Agent(Agent),
     /// Remove every trace of an agent from this node: links, routes, rules, programs, files
     Cleanup(Cleanup),
+    /// Show Services as a node serves them: where they answer, by whom, and why each endpoint is used or not
+    Services(Services),
     /// List the connections that the datapath tracks
     Conntrack(Conntrack),
     /// Measure Podway beside what it competes with, on this machine
@@ -169,6 +171,31 @@ pub(crate) enum UnderlayFamily {
     Ipv6,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ServiceMode {
+    /// Programs and tables of eBPF
+    Ebpf,
+    /// Not by Podway
+    None,
+}
+
+impl ServiceMode {
+    pub(crate) fn of_agent(self) -> podway_agent::services::config::ServiceMode {
+        use podway_agent::services::config::ServiceMode as Of;
+        match self {
+            Self::Ebpf => Of::Ebpf,
+            Self::None => Of::None,
+        }
+    }
+
+    fn of_lab(self) -> spec::ServiceMode {
+        match self {
+            Self::Ebpf => spec::ServiceMode::Ebpf,
+            Self::None => spec::ServiceMode::None,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct WhichInstance {
     /// Which agent of this machine: node, or LAB/NODE
@@ -216,6 +243,28 @@ pub(crate) struct Agent {
     /// UDP port of the path MTU proof, the same on all nodes
     #[arg(long, default_value_t = podway_link::probe::DEFAULT_PORT)]
     pub(crate) probe_port: u16,
+    /// By what mechanism Services are served
+    ///
+    /// What another mode has left on this node is removed once the new one is in force.
+    #[arg(long, value_enum, default_value = "ebpf")]
+    pub(crate) service_mode: ServiceMode,
+    /// Range of cluster IPs; may be given several times
+    ///
+    /// Addresses in there that no Service has go nowhere, instead of to wherever the node's routes lead.
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
+    pub(crate) service_cidr: Vec<IpNet>,
+    /// Serve node ports at the node's addresses in this range only; may be given several times [default: all but
+    /// loopback and link-local ones]
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
+    pub(crate) node_port_addresses: Vec<IpNet>,
+    /// Root of the processes whose sockets are translated, a folder of the unified control group hierarchy [default:
+    /// where that is mounted]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cgroup: Option<PathBuf>,
+    /// Addresses for Services of type LoadBalancer, besides those of LoadBalancerPool objects; the same on all nodes;
+    /// may be given several times
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
+    pub(crate) load_balancer_pool: Vec<IpNet>,
     /// How log lines look: text or json
     #[arg(long, default_value = "json")]
     pub(crate) log_format: LogFormat,
@@ -228,6 +277,25 @@ pub(crate) struct Cleanup {
     /// Even while the agent runs
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Services {
+    /// NAMESPACE/NAME of one Service, to see everything about it
+    #[arg(value_name = "NAMESPACE/NAME", value_parser = service_name)]
+    pub(crate) service: Option<(String, String)>,
+    /// Which agent of this machine: node, or LAB/NODE [default: a node of the lab when one is named or is the only
+    /// one, else node]
+    #[arg(long, env = "PODWAY_INSTANCE", value_parser = Instance::parse, conflicts_with_all = ["lab", "node"])]
+    pub(crate) instance: Option<Instance>,
+    /// Name of a lab on this machine
+    #[arg(long, env = "PODWAY_LAB")]
+    pub(crate) lab: Option<LabName>,
+    /// Node of the lab [default: its first]
+    #[arg(long)]
+    pub(crate) node: Option<String>,
+    #[command(flatten)]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]
@@ -273,6 +341,13 @@ pub(crate) struct Up {
     /// VXLAN network identifier
     #[arg(long, default_value_t = 1)]
     pub(crate) vxlan_vni: u32,
+    /// By what mechanism Services are served
+    #[arg(long, value_enum, default_value = "ebpf")]
+    pub(crate) service_mode: ServiceMode,
+    /// Addresses for Services of type LoadBalancer, on the network of the nodes; may be given several times [default:
+    /// 172.18.200.0/24 and fd00:172:18::200:0/112, as far as pods have the family]
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
+    pub(crate) load_balancer_pool: Vec<IpNet>,
     /// Return once the objects are loaded, without waiting for pods
     #[arg(long)]
     pub(crate) no_wait: bool,
@@ -304,7 +379,18 @@ impl Up {
             pod_mtu: self.pod_mtu,
             vxlan_port: self.vxlan_port,
             vxlan_vni: self.vxlan_vni,
+            service_mode: self.service_mode.of_lab(),
+            load_balancer_pool: self.load_balancer_pool.clone(),
         }
+    }
+}
+
+fn service_name(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err(format!("{text:?} is not NAMESPACE/NAME, such as default/kubernetes")),
     }
 }
 

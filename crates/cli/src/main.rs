@@ -9,6 +9,7 @@ mod bench;
 mod internal;
 mod lab;
 mod output;
+mod services;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Lab(command) => lab::run(command),
         Command::Agent(args) => agent::run(args),
         Command::Cleanup(args) => agent::cleanup(&args),
+        Command::Services(args) => services::run(&args),
         Command::Conntrack(args) => agent::conntrack(&args),
         Command::Bench(command) => bench::run(command),
         Command::Internal(command) => internal::run(command),

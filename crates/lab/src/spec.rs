@@ -232,6 +232,28 @@ pub enum UnderlayFamily {
     Ipv6,
 }
 
+/// By what mechanism the agents serve Services.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceMode {
+    /// eBPF.
+    #[default]
+    Ebpf,
+    /// Not at all.
+    None,
+}
+
+impl ServiceMode {
+    /// As options spell it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::None => "none",
+        }
+    }
+}
+
 /// Options of a lab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -256,6 +278,12 @@ pub struct LabSpec {
     pub vxlan_port: u16,
     /// VXLAN network identifier, 24 bits.
     pub vxlan_vni: u32,
+    /// By what mechanism Services are served.
+    #[serde(default)]
+    pub service_mode: ServiceMode,
+    /// Addresses for Services of type LoadBalancer; empty is a range of the underlay of each family.
+    #[serde(default)]
+    pub load_balancer_pool: Vec<IpNet>,
 }
 
 /// An option that makes no lab.
@@ -305,6 +333,29 @@ impl LabSpec {
                 return bad("--vxlan-port", format!("{} is the port of the agents' health", self.vxlan_port));
             }
             _ => {}
+        }
+        for net in &self.load_balancer_pool {
+            let inside = |n: &IpNet| n.contains(net) || net.contains(n);
+            if net.trunc() != *net {
+                return bad(
+                    "--load-balancer-pool",
+                    format!("{net} has host bits set; the range is {}", net.trunc()),
+                );
+            }
+            if let Some(taken) = self.cluster_cidrs().iter().chain(&self.service_cidrs()).find(|n| inside(n))
+            {
+                return bad("--load-balancer-pool", format!("{net} overlaps the lab's {taken}"));
+            }
+            let nodes = self.node_plans();
+            let mut others = nodes.iter().flat_map(|n| n.addresses.clone()).chain(self.fabric_addresses());
+            if let Some(address) = others.find(|a| net.contains(a)) {
+                return bad("--load-balancer-pool", format!("{net} holds {address}, which is taken"));
+            }
+            if !self.underlay_cidrs().iter().any(|n| n.contains(net)) {
+                let text =
+                    format!("{net} is not on the network of the nodes, so nobody would ask for it there");
+                return bad("--load-balancer-pool", text);
+            }
         }
         if self.mode == Mode::Direct {
             let underlay_is_v6 = self.underlay_family == UnderlayFamily::Ipv6;
@@ -430,6 +481,20 @@ impl LabSpec {
             .collect()
     }
 
+    /// Addresses for Services of type LoadBalancer.
+    #[must_use]
+    pub fn load_balancer_cidrs(&self) -> Vec<IpNet> {
+        if !self.load_balancer_pool.is_empty() {
+            return self.load_balancer_pool.clone();
+        }
+        let v4 = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(172, 18, 200, 0), 24));
+        let v6 = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x172, 0x18, 0, 0, 0, 0x200, 0), 112));
+        [(v4, self.family.has_v4()), (v6, self.family.has_v6())]
+            .into_iter()
+            .filter_map(|(net, has)| has.then_some(net))
+            .collect()
+    }
+
     /// Service addresses of the cluster's DNS: the tenth of each prefix.
     #[must_use]
     pub fn dns_addresses(&self) -> Vec<IpAddr> {
@@ -484,6 +549,8 @@ mod tests {
             pod_mtu: None,
             vxlan_port: 8472,
             vxlan_vni: 1,
+            service_mode: ServiceMode::Ebpf,
+            load_balancer_pool: Vec::new(),
         }
     }
 
@@ -560,6 +627,8 @@ mod tests {
 
     #[test]
     fn impossible_options_are_named() {
+        let pool = |net: &str| LabSpec { load_balancer_pool: vec![net.parse().expect("range")], ..spec() };
+        assert_eq!(pool("172.18.9.0/24").validate(), Ok(()));
         for (change, option) in [
             (LabSpec { nodes: 0, ..spec() }, "--nodes"),
             (LabSpec { nodes: 201, ..spec() }, "--nodes"),
@@ -571,6 +640,10 @@ mod tests {
             (LabSpec { vxlan_port: 0, ..spec() }, "--vxlan-port"),
             (LabSpec { vxlan_port: 9949, ..spec() }, "--vxlan-port"),
             (LabSpec { vxlan_port: 9950, ..spec() }, "--vxlan-port"),
+            (pool("172.18.1.0/24"), "--load-balancer-pool"),
+            (pool("10.96.7.0/24"), "--load-balancer-pool"),
+            (pool("192.0.2.0/24"), "--load-balancer-pool"),
+            (pool("172.18.9.1/24"), "--load-balancer-pool"),
             (
                 LabSpec { mode: Mode::Direct, underlay_family: UnderlayFamily::Ipv6, ..spec() },
                 "--underlay-family",

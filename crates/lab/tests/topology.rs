@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use podway_lab::cgroup::Cgroup;
 use podway_lab::down::down;
-use podway_lab::spec::{Family, LabName, LabSpec, Mode, UnderlayFamily};
+use podway_lab::spec::{Family, LabName, LabSpec, Mode, ServiceMode, UnderlayFamily};
 use podway_lab::state::StateDir;
 use podway_lab::topology;
 use podway_link::{Netlink, Netns};
@@ -32,6 +32,8 @@ fn spec(name: &str) -> LabSpec {
         pod_mtu: None,
         vxlan_port: 8472,
         vxlan_vni: 1,
+        service_mode: ServiceMode::Ebpf,
+        load_balancer_pool: Vec::new(),
     }
 }
 

@@ -10,6 +10,9 @@ pub mod nodes;
 mod read;
 pub mod service;
 
+/// CustomResourceDefinition of `LoadBalancerPool` (podway.dev/v1alpha1), as JSON.
+pub const LOAD_BALANCER_POOL_DEFINITION: &str = include_str!("load_balancer_pool.json");
+
 pub use endpoint_slice::EndpointSlice;
 pub use net::{Family, Protocol};
 pub use node::Node;

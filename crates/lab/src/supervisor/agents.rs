@@ -89,6 +89,11 @@ fn start(spec: &LabSpec, node: &NodeContext) -> anyhow::Result<Child> {
         .args(["--vxlan-port", &spec.vxlan_port.to_string()])
         .args(["--vxlan-vni", &spec.vxlan_vni.to_string()])
         .args(["--log-format", "text"]);
+    // Sockets of this node's processes, and of no others on this machine.
+    command.args(["--service-mode", spec.service_mode.as_str()]).arg("--cgroup").arg(node.cgroup.path());
+    for range in spec.service_cidrs() {
+        command.args(["--service-cidr", &range.to_string()]);
+    }
     if let Some(mtu) = spec.pod_mtu {
         command.args(["--pod-mtu", &mtu.to_string()]);
     }

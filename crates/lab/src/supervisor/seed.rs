@@ -14,6 +14,18 @@ pub(super) fn seed(store: &Store, spec: &LabSpec) -> Result<(), ApiError> {
     for plan in spec.node_plans() {
         store.create(node(spec, &plan), WriteOptions::default())?;
     }
+    // What a real cluster gets with the installation: addresses for load balancers, and the kind that holds them.
+    let definition: Value = serde_json::from_str(podway_model::LOAD_BALANCER_POOL_DEFINITION)
+        .map_err(|e| ApiError::bad_request(format!("the definition of LoadBalancerPool: {e}")))?;
+    store.create(definition, WriteOptions::default())?;
+    store.create(
+        json!({
+            "apiVersion": "podway.dev/v1alpha1", "kind": "LoadBalancerPool",
+            "metadata": {"name": "default"},
+            "spec": {"cidrs": spec.load_balancer_cidrs()},
+        }),
+        WriteOptions::default(),
+    )?;
     let addresses = spec.api_service_addresses();
     let families: Vec<&str> = addresses.iter().map(|a| if a.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
     store.create(
@@ -114,7 +126,7 @@ mod tests {
     use podway_apiserver::{ResourceKey, StoreConfig};
 
     use super::*;
-    use crate::spec::{Family, Mode, UnderlayFamily};
+    use crate::spec::{Family, Mode, ServiceMode, UnderlayFamily};
 
     #[test]
     fn every_family_makes_a_cluster_that_the_store_takes() {
@@ -135,6 +147,8 @@ mod tests {
                 pod_mtu: None,
                 vxlan_port: 8472,
                 vxlan_vni: 1,
+                service_mode: ServiceMode::Ebpf,
+                load_balancer_pool: Vec::new(),
             };
             let store = Store::new(StoreConfig::default());
             seed(&store, &spec).expect("seed");
@@ -143,6 +157,9 @@ mod tests {
             assert_eq!(service["spec"]["clusterIPs"].as_array().map(Vec::len), Some(cluster_ips));
             let slice = podway_apiserver::GroupResource::new("discovery.k8s.io", "endpointslices");
             assert_eq!(store.snapshot(&[slice]).objects.len(), slices);
+            let pool = ResourceKey::new("podway.dev", "loadbalancerpools", "", "default");
+            let pool = store.get(&pool).expect("pool");
+            assert_eq!(pool["spec"]["cidrs"].as_array().map(Vec::len), Some(cluster_ips));
             let node = store.get(&ResourceKey::new("", "nodes", "", "node-2")).expect("node");
             assert_eq!(node["metadata"]["labels"]["topology.kubernetes.io/zone"], "zone-2");
             let first = node["status"]["addresses"][0]["address"].as_str().expect("address").to_owned();
