@@ -4,13 +4,20 @@
 //! Every writer works in the network namespace of the thread that calls it, touches nothing that is not marked as
 //! Podway's own, and keeps in memory what it wrote, so that a change costs the change. None of them decides
 //! anything: precedence, topology and readiness are settled in the table.
+//!
+//! - [`nft`]: nftables over netlink.
+//! - [`iptables`]: `iptables-restore` and `ip6tables-restore`, of the legacy and the nf_tables kind.
+//! - [`conntrack`]: stale UDP flows, for every writer that translates by connection tracking.
 
+pub mod conntrack;
 pub mod foreign;
+pub mod iptables;
 pub mod ipvs;
-mod table;
+mod netlink;
+pub mod nft;
 mod writer;
 
-pub use table::ServiceTable;
+pub use podway_services::ServiceTable;
 pub use writer::{
     AUDIT_LINES, AuditReport, Error, Feature, Refused, Report, Result, ServiceCounters, Unsupported, Writer,
     object_name,
