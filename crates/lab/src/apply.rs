@@ -18,8 +18,6 @@ const OBJECT_LIMIT: usize = 1_572_864;
 const BROKEN_LIMIT: usize = 5;
 /// What is said about a Node object.
 const OWN_NODES: &str = "the lab makes its own nodes; use --nodes and podway lab node";
-/// Most objects that a note names.
-const NAMED: usize = 5;
 
 /// What came of it.
 #[derive(Debug, Default)]
@@ -73,7 +71,6 @@ pub async fn apply(client: &mut Client, objects: &[Object]) -> anyhow::Result<Ap
             work.out.problems.push(Problem { origin, object, cause: format!("not sent: {error:#}") });
         }
     }
-    work.out.notes.extend(host_ports(objects));
     if let Some(first) = twice.first() {
         let count = twice.len();
         work.out
@@ -162,33 +159,6 @@ fn in_order(objects: &[Object]) -> Vec<&Object> {
 /// Nodes of an exported cluster are not there; a namesake would take the place of the lab's own.
 fn is_node(object: &Object) -> bool {
     object.kind() == "Node" && object.group().is_empty()
-}
-
-/// A note about pods whose ports should be open on their node as well.
-fn host_ports(objects: &[Object]) -> Option<String> {
-    let mut found = Vec::new();
-    for object in objects {
-        let spec = &object.value["spec"];
-        let pod = match object.kind() {
-            "Pod" => spec,
-            "CronJob" => &spec["jobTemplate"]["spec"]["template"]["spec"],
-            _ => &spec["template"]["spec"],
-        };
-        // There the port is the container's own.
-        if pod["hostNetwork"] == true {
-            continue;
-        }
-        let containers = ["containers", "initContainers"].map(|field| pod[field].as_array());
-        let ports =
-            containers.into_iter().flatten().flatten().filter_map(|c| c["ports"].as_array()).flatten();
-        let ports = ports.filter_map(|p| p["hostPort"].as_u64()).filter(|port| *port != 0);
-        found.extend(ports.map(|port| format!("{port} of {}", object.display_name())));
-    }
-    let more =
-        if found.len() > NAMED { format!(", and {} more", found.len() - NAMED) } else { String::new() };
-    found.truncate(NAMED);
-    let list = found.join(", ");
-    (!found.is_empty()).then(|| format!("hostPort is not opened on the nodes yet: {list}{more}"))
 }
 
 fn names(list: &Value) -> Vec<String> {
@@ -501,33 +471,6 @@ mod tests {
         assert!(deleted.notes[0].starts_with("Node node-1 is not deleted"), "{:?}", deleted.notes);
         let known = client.read("/api/v1/nodes/node-1").await.expect("the node is there");
         assert_eq!(known["metadata"]["labels"]["own"], "yes");
-    }
-
-    #[test]
-    fn ports_of_the_host_are_named() {
-        let pod = json!({"containers": [{"ports": [{"containerPort": 80, "hostPort": 8080}, {"containerPort": 81}]}]});
-        let on_host = json!({"hostNetwork": true, "containers": pod["containers"]});
-        let make = |kind: &str, spec: Value| {
-            object(
-                json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": "x", "namespace": "n"}, "spec": spec}),
-            )
-        };
-        for (kind, spec, want) in [
-            ("Pod", pod.clone(), Some("8080 of Pod n/x")),
-            ("DaemonSet", json!({"template": {"spec": pod}}), Some("8080 of DaemonSet n/x")),
-            (
-                "CronJob",
-                json!({"jobTemplate": {"spec": {"template": {"spec": pod}}}}),
-                Some("8080 of CronJob n/x"),
-            ),
-            ("Pod", on_host, None),
-            ("Service", json!({"ports": [{"port": 1}]}), None),
-        ] {
-            let note = host_ports(&[make(kind, spec)]);
-            assert_eq!(note.as_deref().and_then(|n| n.split("yet: ").nth(1)), want, "{kind}");
-        }
-        let many: Vec<Object> = (0..7).map(|_| make("Pod", pod.clone())).collect();
-        assert!(host_ports(&many).expect("a note").ends_with(", and 2 more"));
     }
 
     fn object(value: Value) -> Object {

@@ -47,6 +47,8 @@ pub(super) struct Sandbox {
     /// Name of the pod's own namespace.
     own: Option<String>,
     cni_args: String,
+    /// What the runtime asks the plugin for by capability.
+    runtime_config: Result<Value, SandboxError>,
 }
 
 impl Sandbox {
@@ -64,6 +66,7 @@ impl Sandbox {
                 "IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};\
                  K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_UID={uid}"
             ),
+            runtime_config: runtime_config(pod),
             id,
         }
     }
@@ -109,6 +112,7 @@ impl Sandbox {
             "name": "podway",
             "type": "podway-cni",
             "socket": node.agent_socket,
+            "runtimeConfig": if command == "ADD" { self.runtime_config.clone()? } else { Value::Null },
         });
         let fail = |what: &str, e: std::io::Error| SandboxError::new(format!("{what} CNI plugin: {e}"));
         // As a container runtime does it: in the node's namespace, with the call in the environment.
@@ -150,6 +154,62 @@ impl Sandbox {
     }
 }
 
+/// Host ports and bandwidth, as a kubelet and its runtime make them of a pod.
+fn runtime_config(pod: &Value) -> Result<Value, SandboxError> {
+    let containers = pod["spec"]["containers"].as_array().into_iter().flatten();
+    let ports = containers.filter_map(|c| c["ports"].as_array()).flatten();
+    let mappings: Vec<Value> = ports
+        .filter(|port| port["hostPort"].as_u64().is_some_and(|n| n != 0))
+        .map(|port| {
+            let mut mapping = json!({"hostPort": port["hostPort"], "containerPort": port["containerPort"]});
+            for field in ["protocol", "hostIP"] {
+                if !port[field].is_null() {
+                    mapping[field] = port[field].clone();
+                }
+            }
+            mapping
+        })
+        .collect();
+    let mut config = json!({});
+    if !mappings.is_empty() {
+        config["portMappings"] = mappings.into();
+    }
+    for direction in ["ingress", "egress"] {
+        let name = format!("kubernetes.io/{direction}-bandwidth");
+        let Some(text) = pod["metadata"]["annotations"][&name].as_str() else { continue };
+        let rate = bits(text).ok_or_else(|| {
+            SandboxError::new(format!(
+                "annotation {name} is {text:?}; it must be a whole number of bits a second, such as 10M"
+            ))
+        })?;
+        config["bandwidth"][format!("{direction}Rate")] = rate.into();
+        // What containerd writes: an annotation has no burst.
+        config["bandwidth"][format!("{direction}Burst")] = u32::MAX.into();
+    }
+    Ok(config)
+}
+
+/// A Kubernetes quantity that is whole, with a suffix from `k` to `P` or `Ki` to `Pi`.
+fn bits(quantity: &str) -> Option<u64> {
+    let end = quantity.find(|c: char| !c.is_ascii_digit()).unwrap_or(quantity.len());
+    let (number, suffix) = quantity.split_at(end);
+    let factor = match suffix {
+        "" => 1,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        "Pi" => 1 << 50,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "P" => 1_000_000_000_000_000,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(factor)
+}
+
 async fn blocking(f: impl FnOnce() -> podway_link::Result<()> + Send + 'static) -> Result<(), SandboxError> {
     match tokio::task::spawn_blocking(f).await {
         Ok(result) => result.map_err(|e| SandboxError::new(e.to_string())),
@@ -189,6 +249,42 @@ fn plugin_error(command: &str, stdout: &[u8], stderr: &[u8], status: &str) -> Sa
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn host_ports_and_limits_are_asked_for() {
+        let pod = json!({
+            "metadata": {"annotations": {"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "2Ki"}},
+            "spec": {"containers": [
+                {"ports": [{"containerPort": 80, "hostPort": 8080, "protocol": "TCP"}, {"containerPort": 81}]},
+                {"ports": [{"containerPort": 53, "hostPort": 53, "protocol": "UDP", "hostIP": "127.0.0.1"}]},
+                {},
+            ]},
+        });
+        let want = json!({
+            "portMappings": [
+                {"hostPort": 8080, "containerPort": 80, "protocol": "TCP"},
+                {"hostPort": 53, "containerPort": 53, "protocol": "UDP", "hostIP": "127.0.0.1"},
+            ],
+            "bandwidth": {
+                "ingressRate": 10_000_000, "ingressBurst": u32::MAX, "egressRate": 2048, "egressBurst": u32::MAX,
+            },
+        });
+        assert_eq!(runtime_config(&pod), Ok(want));
+        let soon = json!({"metadata": {"annotations": {"kubernetes.io/egress-bandwidth": "soon"}}});
+        let error = runtime_config(&soon).unwrap_err();
+        assert!(error.message.contains("egress-bandwidth is \"soon\""), "{error}");
+        assert_eq!(runtime_config(&json!({"spec": {"containers": [{"name": "c"}]}})), Ok(json!({})));
+        for (text, want) in [
+            ("1k", Some(1000)),
+            ("2Mi", Some(2 << 20)),
+            ("7", Some(7)),
+            ("1.5M", None),
+            ("", None),
+            ("99999P", None),
+        ] {
+            assert_eq!(bits(text), want, "{text}");
+        }
+    }
 
     #[test]
     fn results_and_errors_of_plugins_are_understood() {
