@@ -9,6 +9,7 @@
 )]
 
 mod attachments;
+mod capabilities;
 mod faults;
 mod lab;
 mod links;
