@@ -22,7 +22,7 @@ use crate::{check_pairs, new_report};
 const LAB: &str = "bench_net";
 /// Longest single measurement: a bench has to end.
 pub const MAX_TIME: Duration = Duration::from_secs(10);
-/// Rounds of which a program's cost is the median.
+/// Rounds of which a program's cost is the least.
 const COST_ROUNDS: usize = 7;
 /// Core of the client, and of a server that shares it.
 const CORE: usize = 0;
