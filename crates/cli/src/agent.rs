@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use podway_agent::services::config::ServicesConfig;
-use podway_agent::{AgentConfig, CleanupReport, Credentials, Masquerade, NetworkMode};
+use podway_agent::{AgentConfig, AgentError, CleanupReport, Credentials, Masquerade, NetworkMode};
 use podway_bpf_host::{Datapath, Flow};
 use serde_json::json;
 
@@ -37,10 +37,16 @@ pub(crate) fn run(args: Agent) -> anyhow::Result<u8> {
         load_balancer_pool: args.load_balancer_pool,
         ..ServicesConfig::default()
     };
-    podway_agent::run(config).map(|()| OK).map_err(|error| {
-        tracing::error!(%error, "the agent cannot run");
-        error.into()
-    })
+    match podway_agent::run(config) {
+        Ok(()) => Ok(OK),
+        // What is wrong with the command line is told like every command's.
+        Err(error @ AgentError::Config(_)) => Err(error.into()),
+        Err(error) if tracing::enabled!(tracing::Level::ERROR) => {
+            tracing::error!(%error, "the agent cannot run");
+            Ok(FAILED)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(crate) fn cleanup(args: &Cleanup) -> anyhow::Result<u8> {

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            output::error(&format!("podway: {error:#}"));
+            output::error(&format!("podway: {}", output::told(&error)));
             let usage = error.is::<podway_lab::spec::BadOption>()
                 || matches!(error.downcast_ref(), Some(podway_agent::AgentError::Config(_)));
             ExitCode::from(if usage { USAGE } else { FAILED })

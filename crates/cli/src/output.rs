@@ -17,6 +17,18 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An error and its causes. Most errors name their cause themselves: what has been said is not said again.
+pub(crate) fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 /// Prints an error.
 pub(crate) fn error(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
@@ -109,6 +121,15 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let cause = io::Error::other("no such file");
+        let naming = anyhow::Error::new(cause).context("kubeconfig /none: no such file; check --kubeconfig");
+        assert_eq!(told(&naming), "kubeconfig /none: no such file; check --kubeconfig");
+        let silent = anyhow::Error::new(io::Error::other("no such file")).context("read the state");
+        assert_eq!(told(&silent), "read the state: no such file");
+    }
 
     #[test]
     fn details_are_shown_when_they_are_due_and_new() {
