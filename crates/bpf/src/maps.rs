@@ -121,9 +121,9 @@ impl Tables for Maps {
 fn flow(key: &CtKey) -> Option<&'static mut CtEntry> {
     let slot = CONNTRACK.get_ptr_mut(key)?;
     // SAFETY: the entry lives until the end of the program at least (RCU), and no reference is kept longer. Another
-    // CPU may write the same direction of the same flow at the same time: both write the same route then, because it
-    // is written whole and its generation was read before what it holds, and counters may miss a packet. Or the LRU
-    // gives the slot to another flow in this moment: it then starts with this packet's, which its own first packet
-    // overwrites. Needed to update without a second look-up.
+    // CPU may write the same flow at the same time: counters may then miss a packet, and a route is not taken while it
+    // is written (`track::learn`). Or the LRU gives the slot to another flow in this moment: this one packet may then
+    // be taken for one of that flow, if it came in by the same link from the same sender. Needed to update without a
+    // second look-up.
     Some(unsafe { &mut *slot })
 }

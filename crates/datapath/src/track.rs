@@ -1,6 +1,8 @@
 //! Connection tracking: one entry per flow, found from both directions by one key; and where the flow's packets go,
 //! so that an established flow costs one look-up.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Direction, Hook, ct_flags, way};
 
 use crate::{
@@ -137,9 +139,18 @@ pub fn follow(entry: &mut CtEntry, observation: &Observation, route: &mut CtRout
     if !holds(known, route) || starts_over(entry, observation) {
         return false;
     }
-    route.way = known.way;
-    route.node = known.node;
-    route.target = known.target;
+    let way = known.way;
+    match way {
+        way::POD => route.target = known.target,
+        way::TUNNEL => route.node = known.node,
+        _ => {}
+    }
+    // Another CPU may have written it meanwhile: see `learn`.
+    compiler_fence(Ordering::SeqCst);
+    if known.generation != route.generation {
+        return false;
+    }
+    route.way = way;
     record(entry, observation);
     true
 }
@@ -161,15 +172,25 @@ fn holds(known: &CtRoute, arrival: &CtRoute) -> bool {
 }
 
 /// Keeps the route that was looked up for a packet. A packet whose way was not looked up has none.
+///
+/// Another CPU may be following the entry: it must not take half of one route and half of another for a route. So the
+/// entry has none while it is written, and who reads it looks at the generation before and after.
 #[inline(always)]
 fn learn(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) {
-    if route.way != way::NONE {
-        if observation.from_b {
-            entry.from_b = *route;
-        } else {
-            entry.from_a = *route;
-        }
+    if route.way == way::NONE {
+        return;
     }
+    let known = if observation.from_b { &mut entry.from_b } else { &mut entry.from_a };
+    known.generation = 0;
+    compiler_fence(Ordering::SeqCst);
+    known.ingress = route.ingress;
+    known.node = route.node;
+    known.target = route.target;
+    known.from_mac = route.from_mac;
+    known.hook = route.hook;
+    known.way = route.way;
+    compiler_fence(Ordering::SeqCst);
+    known.generation = route.generation;
 }
 
 /// Whether the packet is the first of another flow with the same ends.
