@@ -114,34 +114,36 @@ pub fn slices(value: Option<&Value>) -> Result<Vec<Option<EndpointSlice>>> {
 /// # Errors
 /// Never for slices that were read.
 pub fn services_for<'a>(slices: impl Iterator<Item = &'a EndpointSlice>) -> Result<Vec<Service>> {
-    let mut ports: BTreeMap<(&str, &str), BTreeMap<(String, String), usize>> = BTreeMap::new();
+    /// Numbers of ports by name and protocol.
+    type Ports = BTreeMap<(String, String), usize>;
+    let mut by_service: BTreeMap<(&str, &str), Ports> = BTreeMap::new();
     for slice in slices {
         let Some(name) = &slice.service else { continue };
-        let of_service = ports.entry((&slice.namespace, name)).or_default();
+        let ports = by_service.entry((&slice.namespace, name)).or_default();
         for port in &slice.ports {
-            let number = of_service.len() + 1;
-            of_service.entry((port.name.to_string(), port.protocol.to_string())).or_insert(number);
+            let number = ports.len() + 1;
+            ports.entry((port.name.to_string(), port.protocol.to_string())).or_insert(number);
         }
     }
-    let service =
-        |(i, ((namespace, name), ports)): (usize, (&(&str, &str), &BTreeMap<(String, String), usize>))| {
-            let ports: Vec<Value> = ports
-                .iter()
-                .map(|((name, protocol), port)| json!({ "name": name, "protocol": protocol, "port": port }))
-                .collect();
-            Ok(Service::parse(&json!({
-                "metadata": { "namespace": namespace, "name": name },
-                "spec": {
-                    "type": "LoadBalancer",
-                    "clusterIP": IpAddr::from([172, 30, 200, i as u8 + 1]).to_string(),
-                    "externalIPs": [IpAddr::from([192, 0, 2, i as u8 + 1]).to_string()],
-                    "externalTrafficPolicy": "Local",
-                    "healthCheckNodePort": 30_000 + i,
-                    "ports": ports,
-                },
-            }))?)
-        };
-    ports.iter().enumerate().map(service).collect()
+    let mut services = Vec::new();
+    for (i, ((namespace, name), ports)) in by_service.iter().enumerate() {
+        let ports: Vec<Value> = ports
+            .iter()
+            .map(|((name, protocol), port)| json!({ "name": name, "protocol": protocol, "port": port }))
+            .collect();
+        services.push(Service::parse(&json!({
+            "metadata": { "namespace": namespace, "name": name },
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": IpAddr::from([172, 30, 200, i as u8 + 1]).to_string(),
+                "externalIPs": [IpAddr::from([192, 0, 2, i as u8 + 1]).to_string()],
+                "externalTrafficPolicy": "Local",
+                "healthCheckNodePort": 30_000 + i,
+                "ports": ports,
+            },
+        }))?);
+    }
+    Ok(services)
 }
 
 /// Puts `after` in the place of `before`, which are of the same length where both have something: nothing after

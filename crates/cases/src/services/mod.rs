@@ -3,8 +3,10 @@
 pub mod cluster;
 pub mod conntrack;
 pub mod hints;
+pub mod naive;
 pub mod packets;
 pub mod procedures;
+pub mod random;
 pub mod tables;
 pub mod target;
 pub mod topology;
