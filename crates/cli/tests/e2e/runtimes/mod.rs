@@ -56,7 +56,7 @@ impl Place {
         for folder in ["bin", "net.d"] {
             fs::create_dir_all(place.directory.join(folder)).unwrap();
         }
-        symlink(podway(), place.directory.join("bin/podway-cni")).unwrap();
+        symlink(podway().canonicalize().unwrap(), place.directory.join("bin/podway-cni")).unwrap();
         let config = json!({
             "cniVersion": "0.4.0", "name": "podway",
             "plugins": [{
