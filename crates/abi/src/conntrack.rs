@@ -120,6 +120,8 @@ pub mod way {
     pub const UPLINK: u8 = 3;
     /// To the node's stack.
     pub const STACK: u8 = 4;
+    /// Bit beside the others: the packets are answers of a translated flow, and are translated back.
+    pub const BACK: u8 = 0x80;
 }
 
 /// Bits of [`CtEntry::flags`].

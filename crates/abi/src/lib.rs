@@ -23,7 +23,7 @@ pub use tables::{
 };
 
 /// Version of every layout in this crate; part of the pin path of the maps.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Fails the build when `T` has padding: the sum of its fields must be its size.
 macro_rules! assert_layout {

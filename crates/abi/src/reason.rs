@@ -103,6 +103,16 @@ reasons! {
     WrongTunnelId = 47, "wrong_tunnel_id", true;
     /// An 802.1Q tag: pods have no VLANs.
     Tagged = 48, "tagged", true;
+    /// Nobody serves there, or the address of a service has no such port: the sender is told.
+    Rejected = 49, "service_rejected", true;
+    /// Only endpoints on this node count, and there is none.
+    NoLocalEndpoint = 50, "no_local_endpoint", true;
+    /// The sender is outside of the service's source ranges.
+    OutOfSourceRange = 51, "out_of_source_range", true;
+    /// The node has no address, or no port, that could replace the source.
+    NoMasqueradePort = 52, "no_masquerade_port", true;
+    /// SCTP to another port than the one that was asked for: its checksum would have to be summed anew.
+    SctpPort = 53, "sctp_port", true;
     /// A rewrite of the packet failed in the kernel.
     RewriteFailed = 46, "rewrite_failed", true;
 }

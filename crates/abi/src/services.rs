@@ -4,7 +4,7 @@
 //! Maglev table; each of these is a region of an array, named by one [`SetWord`] of eight bytes, so that a set changes
 //! by one store. The arrays are mapped into the writer's memory.
 
-use crate::{Addr, assert_layout};
+use crate::{Addr, CtKey, assert_layout};
 
 /// Most frontends: an address and port, or a node port.
 pub const MAX_FRONTENDS: u32 = 262_144;
@@ -19,11 +19,15 @@ pub const MAX_MAGLEV: u32 = 1 << 22;
 /// Most backends; each belongs to one service.
 pub const MAX_BACKENDS: u32 = 1 << 19;
 /// Most clients whose backend is remembered; the least recently seen are forgotten.
-pub const MAX_AFFINITY: u32 = 131_072;
+pub const MAX_AFFINITY: u32 = 65_536;
 /// Most source ranges of all services together.
 pub const MAX_SOURCE_RANGES: u32 = 65_536;
 /// Most sockets and senders whose original destination is remembered.
-pub const MAX_SOCKETS: u32 = 262_144;
+pub const MAX_SOCKETS: u32 = 131_072;
+/// Most translations of packets, two for each flow; the least recently seen are forgotten.
+pub const MAX_TRANSLATIONS: u32 = 262_144;
+/// Most fragmented datagrams whose ports are remembered; the least recently seen are forgotten.
+pub const MAX_FRAGMENTS: u32 = 8_192;
 /// Most ranges of cluster IPs.
 pub const MAX_SERVICE_RANGES: usize = 4;
 
@@ -306,6 +310,108 @@ pub struct ServiceCounter {
 }
 assert_layout!(ServiceCounter, 32);
 
+/// Into what the packets of one direction of a flow are translated, found by the flow's key before it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Translation {
+    /// When it was made, nanoseconds of `CLOCK_MONOTONIC`.
+    pub created_ns: u64,
+    /// Source address afterwards.
+    pub src: Addr,
+    /// Destination address afterwards.
+    pub dst: Addr,
+    /// Source port afterwards, host byte order.
+    pub src_port: u16,
+    /// Destination port afterwards, host byte order.
+    pub dst_port: u16,
+    /// See [`translation_flags`].
+    pub flags: u32,
+    /// Number of the backend.
+    pub backend: u32,
+    /// Its incarnation when it was chosen.
+    pub incarnation: u32,
+}
+assert_layout!(Translation, 56);
+
+/// Bits of [`Translation::flags`].
+pub mod translation_flags {
+    /// It is for packets from end `b` of the key (else from `a`).
+    pub const FROM_B: u32 = 1 << 0;
+    /// Towards the backend (else back).
+    pub const FORWARD: u32 = 1 << 1;
+}
+
+/// A translation with the key that it is found by.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct KeyedTranslation {
+    /// The flow before the translation.
+    pub key: CtKey,
+    /// The translation.
+    pub value: Translation,
+}
+assert_layout!(KeyedTranslation, 96);
+
+impl KeyedTranslation {
+    /// None.
+    pub const NONE: Self = Self {
+        key: CtKey {
+            a: Addr::UNSPECIFIED,
+            b: Addr::UNSPECIFIED,
+            a_port: 0,
+            b_port: 0,
+            proto: 0,
+            pad: [0; 3],
+        },
+        value: Translation {
+            created_ns: 0,
+            src: Addr::UNSPECIFIED,
+            dst: Addr::UNSPECIFIED,
+            src_port: 0,
+            dst_port: 0,
+            flags: 0,
+            backend: 0,
+            incarnation: 0,
+        },
+    };
+}
+
+/// Source ports of masqueraded flows begin here: below the kernel's own ephemeral ports and the usual node ports.
+pub const MASQUERADE_FIRST_PORT: u16 = 10_240;
+/// How many there are, a power of two.
+pub const MASQUERADE_PORTS: u32 = 16_384;
+
+/// A fragmented datagram (RFC 791 section 3.2, RFC 8200 section 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+pub struct FragmentKey {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Identification, as it lies in the packet.
+    pub id: u32,
+    /// IP protocol number.
+    pub proto: u32,
+}
+assert_layout!(FragmentKey, 40);
+
+impl FragmentKey {
+    /// None.
+    pub const NONE: Self = Self { src: Addr::UNSPECIFIED, dst: Addr::UNSPECIFIED, id: 0, proto: 0 };
+}
+
+/// The ports of a fragmented datagram, which only its first fragment carries.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct FragmentPorts {
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+}
+assert_layout!(FragmentPorts, 4);
+
 /// A range of addresses as address and mask.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -361,7 +467,10 @@ mod pod {
         SocketKey,
         SocketPeer,
         ServiceCounter,
-        ServiceConfig
+        ServiceConfig,
+        Translation,
+        FragmentKey,
+        FragmentPorts
     );
 }
 

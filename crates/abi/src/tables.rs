@@ -26,6 +26,9 @@ pub mod mode {
 
 /// Bits of [`NodeConfig::flags`].
 pub mod node_flags {
+    /// Services are translated by the node's stack (nftables, iptables, IPVS): it has to see both directions of what
+    /// pods exchange, so there are no short cuts past it.
+    pub const STACK_TRANSLATES: u32 = 1 << 8;
     /// The tunnel's outer header is IPv6.
     pub const UNDERLAY_V6: u32 = 1 << 0;
 }

@@ -45,6 +45,9 @@ pub struct NodeConfig {
     pub mode: Mode,
     /// Interface index of the device that carries the underlay.
     pub uplink_ifindex: u32,
+    /// Services are translated by the node's stack, which has to see both directions of what pods exchange: no short
+    /// cuts past it.
+    pub stack_translates: bool,
 }
 
 /// How other nodes' pods are reached.
@@ -195,6 +198,9 @@ impl Datapath {
                 }
             }
             Mode::Direct => abi.mode = podway_abi::mode::DIRECT,
+        }
+        if config.stack_translates {
+            abi.flags |= podway_abi::node_flags::STACK_TRANSLATES;
         }
         self.generation.after(|| lock(&self.config).set(0, abi, 0).map_err(|e| Error::map("CONFIG", e)))
     }

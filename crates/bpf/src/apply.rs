@@ -10,12 +10,15 @@ use aya_ebpf::{
 };
 use podway_abi::{Endpoint, Hook, Mac, NodeConfig, Reason};
 use podway_datapath::{
-    Scratch, Tables, Verdict, decide,
+    Action, Scratch, Tables, Verdict, decide,
     packet::{ETH_LEN, Kind},
 };
 
 use crate::{
     maps::{self, Maps},
+    reject::reject,
+    rewrite::rewrite,
+    service_maps,
     skb::{SkbBytes, SkbEnv, is_underlay_v6, linear},
 };
 
@@ -40,6 +43,16 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
         maps::insert_flow(&scratch.ct_key, &scratch.ct_entry);
     }
     let bytes = ctx.len().saturating_sub(14);
+    // A plain packet has none of these.
+    if scratch.rewrite | scratch.new_fragment | scratch.choice.remember {
+        if !matches!(action.verdict, Verdict::Drop) {
+            service_maps::settle(scratch);
+        }
+        let goes_on = !matches!(action.verdict, Verdict::Drop | Verdict::Reject);
+        if scratch.rewrite && goes_on && rewrite(ctx, scratch).is_none() {
+            action = Action::drop(Reason::RewriteFailed);
+        }
+    }
     let code = match action.verdict {
         Verdict::Pass => Some(pass(ctx, hook)),
         Verdict::Drop => Some(TC_ACT_SHOT),
@@ -48,6 +61,10 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
         Verdict::ToTunnel => to_tunnel(ctx, scratch, true),
         Verdict::SetTunnel => to_tunnel(ctx, scratch, false),
         Verdict::ToUplink => to_uplink(),
+        Verdict::Reject => {
+            service_maps::count_connection(scratch.choice.service, false);
+            Some(reject(ctx, hook, scratch).unwrap_or(TC_ACT_SHOT))
+        }
     };
     if code.is_none() {
         action.reason = Reason::RewriteFailed;

@@ -9,6 +9,8 @@
 
 mod apply;
 mod maps;
+mod reject;
+mod rewrite;
 mod service_maps;
 mod skb;
 mod sock;

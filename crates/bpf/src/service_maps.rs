@@ -5,21 +5,26 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, lpm_trie::Key},
 };
 use podway_abi::{
-    Addr,
+    Addr, CtKey,
     services::{
-        Affinity, AffinityKey, Backend, Frontend, FrontendKey, MAX_AFFINITY, MAX_BACKENDS, MAX_FRONTENDS,
-        MAX_MAGLEV, MAX_SERVICE_ADDRESSES, MAX_SERVICE_RANGES, MAX_SERVICES, MAX_SLOTS, MAX_SOCKETS,
-        MAX_SOURCE_RANGES, ServiceConfig, ServiceCounter, SetWord, SlotPair, SocketKey, SocketPeer,
-        SourceRange, set_kind,
+        Affinity, AffinityKey, Backend, FragmentKey, FragmentPorts, Frontend, FrontendKey, MAX_AFFINITY,
+        MAX_BACKENDS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_MAGLEV, MAX_SERVICE_ADDRESSES, MAX_SERVICE_RANGES,
+        MAX_SERVICES, MAX_SLOTS, MAX_SOCKETS, MAX_SOURCE_RANGES, MAX_TRANSLATIONS, ServiceConfig,
+        ServiceCounter, SetWord, SlotPair, SocketKey, SocketPeer, SourceRange, Translation, set_kind,
     },
 };
-use podway_datapath::service::{Choice, Query, ServiceHost};
+use podway_datapath::{
+    Scratch,
+    service::{Choice, Query, ServiceHost},
+};
+
+use crate::maps::Maps;
 
 #[map]
 static SERVICE_CONFIG: Array<ServiceConfig> = Array::pinned(1, 0);
@@ -54,10 +59,13 @@ static SOURCE_RANGES: LpmTrie<SourceRange, u32> = LpmTrie::pinned(MAX_SOURCE_RAN
 #[map]
 static SOCKETS: LruHashMap<SocketKey, SocketPeer> = LruHashMap::pinned(MAX_SOCKETS, 0);
 
-/// The tables as [`ServiceHost`].
-pub struct Services;
+#[map]
+static TRANSLATIONS: LruHashMap<CtKey, Translation> = LruHashMap::pinned(MAX_TRANSLATIONS, 0);
 
-impl ServiceHost for Services {
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::pinned(MAX_FRAGMENTS, 0);
+
+impl ServiceHost for Maps {
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
         // SAFETY: elements are freed after a grace period (no preallocation), and copied at once.
@@ -120,6 +128,33 @@ impl ServiceHost for Services {
     }
 
     #[inline(always)]
+    fn translation(&self, key: &CtKey) -> Option<Translation> {
+        // SAFETY: the element may be given to another flow meanwhile (LRU), whose ends the packet would get once; its
+        // receiver knows no such connection. Copied at once.
+        unsafe { TRANSLATIONS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn claim(&self, key: &CtKey, translation: &Translation) -> bool {
+        TRANSLATIONS.insert(key, translation, BPF_NOEXIST as u64).is_ok()
+    }
+
+    #[inline(always)]
+    fn masquerade(&self, v4: bool) -> Addr {
+        match SERVICE_CONFIG.get(0) {
+            Some(config) if v4 => config.masquerade_v4,
+            Some(config) => config.masquerade_v6,
+            None => Addr::UNSPECIFIED,
+        }
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        // SAFETY: as in `translation`.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: no preconditions.
         unsafe { bpf_get_prandom_u32() }
@@ -154,6 +189,21 @@ pub fn remember(query: &Query, choice: &Choice) {
         // An error means that another CPU holds the bucket: the client's next connection is remembered.
         let _ = AFFINITY.insert(&key, &affinity, 0);
     }
+}
+
+/// Writes down what a decision about a packet wants written.
+#[inline(always)]
+pub fn settle(scratch: &Scratch) {
+    // Errors mean that another CPU holds the bucket: the flow's next packet makes up for it.
+    if scratch.new_translation {
+        let _ = TRANSLATIONS.insert(&scratch.back.key, &scratch.back.value, 0);
+        let _ = TRANSLATIONS.insert(&scratch.forward.key, &scratch.forward.value, 0);
+        count_connection(scratch.choice.service, true);
+    }
+    if scratch.new_fragment {
+        let _ = FRAGMENTS.insert(&scratch.fragment, &scratch.fragment_ports, 0);
+    }
+    remember(&scratch.query, &scratch.choice);
 }
 
 /// Counts a connection that got a backend, or one that got none.

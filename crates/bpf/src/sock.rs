@@ -20,7 +20,7 @@ use podway_datapath::{
     service::{self, Choice, Outcome, Query},
 };
 
-use crate::service_maps::{self, Services};
+use crate::{maps::Maps, service_maps};
 
 /// The call goes on.
 const PROCEED: i32 = 1;
@@ -216,7 +216,7 @@ fn settle(cookie: u64, datagram: bool, query: &Query, choice: &Choice) {
 #[inline(always)]
 fn choose(query: &mut Query, netns: u64, choice: &mut Choice) -> Outcome {
     let mut frontend = podway_abi::services::Frontend::default();
-    let outcome = service::find(&Services, query, &mut frontend);
+    let outcome = service::find(&Maps, query, &mut frontend);
     if !matches!(outcome, Outcome::Backend) {
         return outcome;
     }
@@ -225,7 +225,7 @@ fn choose(query: &mut Query, netns: u64, choice: &mut Choice) -> Outcome {
         query.client = client::namespace(netns);
         query.sticky = false;
     }
-    service::choose_at(&Services, query, &frontend, choice)
+    service::choose_at(&Maps, query, &frontend, choice)
 }
 
 #[inline(always)]

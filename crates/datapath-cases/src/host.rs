@@ -5,8 +5,18 @@ use std::{
     collections::HashMap,
 };
 
-use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, NodeConfig, Peer, Source};
-use podway_datapath::{Bytes, Env, Found, Observation, Scratch, Tables, TunnelKey, track};
+use podway_abi::{
+    Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, NodeConfig, Peer, Source,
+    services::{
+        Affinity, AffinityKey, Backend, FragmentKey, FragmentPorts, Frontend, FrontendKey, SetWord, SlotPair,
+        SourceRange, Translation,
+    },
+};
+use podway_datapath::{
+    Bytes, Env, Found, Observation, Scratch, Tables, TunnelKey, service::ServiceHost, track,
+};
+
+use crate::services::HostServices;
 
 /// Tables in hash maps.
 #[derive(Clone, Debug)]
@@ -23,6 +33,8 @@ pub struct HostTables {
     pub generation: u32,
     /// Flows.
     pub conntrack: RefCell<HashMap<CtKey, CtEntry>>,
+    /// Services.
+    pub services: HostServices,
     /// Look-ups in the tables of pods and peers so far.
     pub look_ups: Cell<usize>,
 }
@@ -37,6 +49,7 @@ impl HostTables {
             peers: Vec::new(),
             generation: 1,
             conntrack: RefCell::default(),
+            services: HostServices::default(),
             look_ups: Cell::default(),
         }
     }
@@ -46,6 +59,7 @@ impl HostTables {
         if scratch.new_flow {
             self.conntrack.borrow_mut().insert(scratch.ct_key, scratch.ct_entry);
         }
+        self.services.apply(scratch);
     }
 }
 
@@ -91,6 +105,68 @@ impl Tables for HostTables {
         let mut flows = self.conntrack.borrow_mut();
         let entry = flows.get_mut(key);
         entry.map(|entry| track::observe(entry, observation, route)).is_some()
+    }
+}
+
+impl ServiceHost for HostTables {
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        ServiceHost::frontend(&self.services, key)
+    }
+
+    fn address(&self, addr: &Addr) -> u32 {
+        ServiceHost::address(&self.services, addr)
+    }
+
+    fn in_service_range(&self, addr: &Addr) -> bool {
+        ServiceHost::in_service_range(&self.services, addr)
+    }
+
+    fn set(&self, index: u32) -> Option<SetWord> {
+        ServiceHost::set(&self.services, index)
+    }
+
+    fn slots(&self, pair: u32) -> Option<SlotPair> {
+        ServiceHost::slots(&self.services, pair)
+    }
+
+    fn maglev(&self, pair: u32) -> Option<SlotPair> {
+        ServiceHost::maglev(&self.services, pair)
+    }
+
+    fn backend(&self, id: u32) -> Option<Backend> {
+        ServiceHost::backend(&self.services, id)
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        ServiceHost::affinity(&self.services, key)
+    }
+
+    fn in_source_ranges(&self, key: &SourceRange) -> bool {
+        ServiceHost::in_source_ranges(&self.services, key)
+    }
+
+    fn translation(&self, key: &CtKey) -> Option<Translation> {
+        ServiceHost::translation(&self.services, key)
+    }
+
+    fn claim(&self, key: &CtKey, translation: &Translation) -> bool {
+        ServiceHost::claim(&self.services, key, translation)
+    }
+
+    fn masquerade(&self, v4: bool) -> Addr {
+        ServiceHost::masquerade(&self.services, v4)
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        ServiceHost::fragment(&self.services, key)
+    }
+
+    fn random(&self) -> u32 {
+        ServiceHost::random(&self.services)
+    }
+
+    fn now_ns(&self) -> u64 {
+        ServiceHost::now_ns(&self.services)
     }
 }
 

@@ -8,6 +8,7 @@ pub mod cases;
 pub mod frames;
 pub mod host;
 pub mod sequences;
+pub mod services;
 pub mod world;
 
 pub use cases::{At, Case, Expect, all};

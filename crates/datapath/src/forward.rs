@@ -1,12 +1,15 @@
 //! Where a packet goes, per hook.
 
-use podway_abi::{CtRoute, NodeConfig, Peer, Reason, endpoint_flags, mode, peer_flags, way};
+use podway_abi::{
+    CtRoute, NodeConfig, Peer, Reason, endpoint_flags, mode, node_flags, peer_flags, services::Origin, way,
+};
 
 use crate::{
     Action, Bytes, Env, Scratch, Tables, Verdict, guard,
     packet::{self, Kind, flags, proto},
     same_addr,
-    track::{self, Found},
+    service::{self, Step},
+    track::{self, Found, Observation},
 };
 
 /// What a pod sends. Fail-closed: a pod without an entry sends nothing.
@@ -19,11 +22,12 @@ pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratc
     if let Err(reason) = packet::parse(bytes, &mut scratch.packet) {
         return Action::drop(reason);
     }
-    let observation = track::arrive(tables, env, scratch);
+    complete(bytes, tables, scratch);
+    let mut observation = track::arrive(tables, env, scratch);
     // A route holds for one interface and link-layer address, and is in the entry of one source address: what the
     // guard below has found about them when the route was looked up, in the same tables.
-    let found = track::find(tables, &observation, scratch);
-    if found == Found::Route {
+    let mut found = track::find(tables, &observation, scratch);
+    if follows(tables, &observation, &mut found, scratch) {
         return go(scratch);
     }
     let Some(source) = tables.source(env.ifindex()) else { return Action::drop(Reason::UnknownPod) };
@@ -33,8 +37,18 @@ pub fn from_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratc
     if is_for_the_link(scratch) {
         return Action::pass(Reason::LinkControl);
     }
-    route_from_pod(&config, tables, scratch);
-    track::track(tables, &observation, found, scratch);
+    let step = match serve(bytes, tables, &mut observation, &mut found, scratch, Origin::Pod) {
+        Ok(step) => step,
+        Err(reason) => return refuse(reason),
+    };
+    if found != Found::Route {
+        match step {
+            Step::Plain | Step::Forward => route_from_pod(&config, tables, scratch),
+            // The stack would take its own address, or a service's, from a pod for a forged one.
+            Step::Masqueraded | Step::Back => route_onward(&config, tables, scratch, step),
+        }
+        track::track(tables, &observation, found, scratch);
+    }
     go(scratch)
 }
 
@@ -54,7 +68,10 @@ pub fn to_pod(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch:
     if is_for_the_link(scratch) {
         return Action::pass(Reason::LinkControl);
     }
+    complete(bytes, tables, scratch);
     let observation = track::arrive(tables, env, scratch);
+    // The answer of a backend that is the node itself, or beyond the cluster.
+    answer(bytes, tables, &observation, scratch);
     track::track(tables, &observation, Found::Flow, scratch);
     Action::pass(Reason::Delivered)
 }
@@ -74,16 +91,22 @@ pub fn from_uplink(
     if is_tunnelled(&config, scratch) {
         return Action::pass(Reason::ToStack);
     }
-    let observation = track::arrive(tables, env, scratch);
+    complete(bytes, tables, scratch);
+    let mut observation = track::arrive(tables, env, scratch);
     // In overlay mode only nodes reach pods this way, which is rare beside what the node receives for itself.
-    let found =
+    let mut found =
         if config.mode == mode::DIRECT { track::find(tables, &observation, scratch) } else { Found::Flow };
-    if found == Found::Route {
+    if follows(tables, &observation, &mut found, scratch) {
         return go(scratch);
     }
     let source = tables.peer(&scratch.packet.src);
     if let Err(reason) = guard::uplink(&scratch.packet, &config, source.as_ref()) {
         return Action::drop(reason);
+    }
+    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(source.as_ref())) {
+        Ok(Step::Plain) => {}
+        Ok(step) => return go_onward(&config, tables, &observation, found, scratch, step),
+        Err(reason) => return refuse(reason),
     }
     // From beyond the cluster: through the node's stack, so that its address translation sees both
     // directions and a pod's answer leaves with the address it was asked at.
@@ -92,7 +115,7 @@ pub fn from_uplink(
     }
     let Some(endpoint) = tables.endpoint(&scratch.packet.dst) else { return Action::pass(Reason::ToStack) };
     scratch.route.target = endpoint;
-    scratch.route.way = way::POD;
+    scratch.route.way = into_pod(&config);
     track::track(tables, &observation, found, scratch);
     go(scratch)
 }
@@ -117,19 +140,26 @@ pub fn from_tunnel(
     if matches!(scratch.packet.kind, Kind::Arp) || scratch.packet.has(flags::LINK_CONTROL) {
         return Action::drop(Reason::NotForThisNode);
     }
-    let observation = track::arrive(tables, env, scratch);
+    complete(bytes, tables, scratch);
+    let mut observation = track::arrive(tables, env, scratch);
     scratch.route.node = key.source;
     // A route holds for one sending node, which the guard below has found to be the source address's.
-    let found = track::find(tables, &observation, scratch);
-    if found == Found::Route {
+    let mut found = track::find(tables, &observation, scratch);
+    if follows(tables, &observation, &mut found, scratch) {
         return go(scratch);
     }
-    if let Err(reason) = guard::tunnel(&scratch.packet, &key, tables) {
-        return Action::drop(reason);
+    let source = match guard::tunnel(&scratch.packet, &key, tables) {
+        Ok(source) => source,
+        Err(reason) => return Action::drop(reason),
+    };
+    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(Some(&source))) {
+        Ok(Step::Plain) => {}
+        Ok(step) => return go_onward(&config, tables, &observation, found, scratch, step),
+        Err(reason) => return refuse(reason),
     }
     if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
         scratch.route.target = endpoint;
-        scratch.route.way = way::POD;
+        scratch.route.way = into_pod(&config);
         track::track(tables, &observation, found, scratch);
         return go(scratch);
     }
@@ -153,12 +183,134 @@ pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scrat
     if is_for_the_link(scratch) {
         return Action::pass(Reason::LinkControl);
     }
+    // The answer of a backend that is the node itself.
+    complete(bytes, tables, scratch);
+    let observation = track::arrive(tables, env, scratch);
+    answer(bytes, tables, &observation, scratch);
     match tables.peer(&scratch.packet.dst) {
         Some(peer) if peer.flags & peer_flags::LOCAL == 0 => {
             scratch.route.node = peer.node;
             Action { verdict: Verdict::SetTunnel, reason: Reason::Encapsulated }
         }
         _ => Action::drop(Reason::NoPeer),
+    }
+}
+
+/// Gives fragments their ports.
+#[inline(always)]
+fn complete(bytes: &impl Bytes, tables: &impl Tables, scratch: &mut Scratch) {
+    if scratch.packet.has(flags::FRAGMENT) {
+        service::complete(bytes, tables, scratch);
+    }
+}
+
+/// Whether the packet goes by the route that its flow has, after translation back where the flow is a translated one.
+#[inline(always)]
+fn follows(
+    tables: &impl Tables,
+    observation: &Observation,
+    found: &mut Found,
+    scratch: &mut Scratch,
+) -> bool {
+    if *found != Found::Route {
+        return false;
+    }
+    if scratch.route.way & way::BACK == 0 || service::translate_back(tables, scratch, observation.from_b) {
+        return true;
+    }
+    // The translation was forgotten.
+    *found = Found::Flow;
+    scratch.route.way = way::NONE;
+    false
+}
+
+/// Services: translates the packet when it is to, or from, one of them. A packet towards a backend continues as one of
+/// the flow between node and backend, and its route may be known there.
+#[inline(always)]
+fn serve(
+    bytes: &impl Bytes,
+    tables: &impl Tables,
+    observation: &mut Observation,
+    found: &mut Found,
+    scratch: &mut Scratch,
+    origin: Origin,
+) -> Result<Step, Reason> {
+    if scratch.packet.has(flags::ICMP_ERROR) {
+        let translated = service::translate_error(bytes, tables, scratch);
+        return Ok(if translated { Step::Back } else { Step::Plain });
+    }
+    let known = *found != Found::Nothing;
+    let step = service::translate(tables, scratch, observation.from_b, known, origin)?;
+    if matches!(step, Step::Forward | Step::Masqueraded) {
+        observation.from_b = scratch.from_b;
+        *found = track::find(tables, observation, scratch);
+    }
+    Ok(step)
+}
+
+/// Translates what the node's stack sends: answers only, since its own sockets are translated before there is a packet.
+#[inline(always)]
+fn answer(bytes: &impl Bytes, tables: &impl Tables, observation: &Observation, scratch: &mut Scratch) {
+    if scratch.packet.has(flags::PORTS) {
+        service::translate_back(tables, scratch, observation.from_b);
+    } else {
+        service::translate_error(bytes, tables, scratch);
+    }
+}
+
+/// Who sent a packet that came from the network.
+#[inline(always)]
+fn origin(source: Option<&Peer>) -> Origin {
+    match source {
+        Some(peer) if peer.flags & peer_flags::NODE == 0 => Origin::Pod,
+        _ => Origin::External,
+    }
+}
+
+#[inline(always)]
+fn refuse(reason: Reason) -> Action {
+    match reason {
+        Reason::Rejected => Action { verdict: Verdict::Reject, reason },
+        _ => Action::drop(reason),
+    }
+}
+
+/// Where a translated packet from the network goes.
+#[inline(always)]
+fn go_onward(
+    config: &NodeConfig,
+    tables: &impl Tables,
+    observation: &Observation,
+    found: Found,
+    scratch: &mut Scratch,
+    step: Step,
+) -> Action {
+    if found != Found::Route || step == Step::Back {
+        route_onward(config, tables, scratch, step);
+        track::track(tables, observation, found, scratch);
+    }
+    go(scratch)
+}
+
+/// Looks up where a translated packet goes that the stack must not see: it would take the source for a forged one.
+#[inline(always)]
+fn route_onward(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scratch, step: Step) {
+    if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
+        scratch.route.target = endpoint;
+        scratch.route.way = way::POD;
+    } else {
+        scratch.route.way = match tables.peer(&scratch.packet.dst) {
+            Some(peer) if peer.flags & peer_flags::LOCAL != 0 => way::STACK,
+            Some(peer) if config.mode == mode::OVERLAY => {
+                scratch.route.node = peer.node;
+                way::TUNNEL
+            }
+            // Another node, or beyond the cluster.
+            _ => way::UPLINK,
+        };
+    }
+    if step == Step::Back {
+        scratch.route.way |= way::BACK;
     }
 }
 
@@ -196,6 +348,10 @@ fn is_for_the_link(scratch: &Scratch) -> bool {
 /// Looks up where a pod's packet goes.
 #[inline(always)]
 fn route_from_pod(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scratch) {
+    if config.flags & node_flags::STACK_TRANSLATES != 0 {
+        scratch.route.way = way::STACK;
+        return;
+    }
     if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
         scratch.route.target = endpoint;
         scratch.route.way = way::POD;
@@ -206,6 +362,12 @@ fn route_from_pod(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scrat
         // The node itself; an address of its pod range that no pod has; or beyond the cluster.
         _ => scratch.route.way = way::STACK,
     }
+}
+
+/// From another node into a pod.
+#[inline(always)]
+fn into_pod(config: &NodeConfig) -> u8 {
+    if config.flags & node_flags::STACK_TRANSLATES != 0 { way::STACK } else { way::POD }
 }
 
 /// To another node. In direct mode a node's own addresses are reached by the node's routes as well.
@@ -225,7 +387,7 @@ fn remote(config: &NodeConfig, peer: &Peer, route: &mut CtRoute) {
 /// The packet's way as an action.
 #[inline(always)]
 fn go(scratch: &mut Scratch) -> Action {
-    match scratch.route.way {
+    match scratch.route.way & !way::BACK {
         way::POD => deliver(scratch),
         way::TUNNEL => Action { verdict: Verdict::ToTunnel, reason: Reason::Encapsulated },
         way::UPLINK => Action { verdict: Verdict::ToUplink, reason: Reason::Routed },

@@ -46,16 +46,16 @@ pub fn uplink(packet: &Packet, config: &NodeConfig, source: Option<&Peer>) -> Re
     Ok(())
 }
 
-/// Tunnel traffic must come from a node of the cluster, and carry only what that node has.
+/// Tunnel traffic must come from a node of the cluster, and carry only what that node has; which is returned.
 #[inline(always)]
-pub fn tunnel(packet: &Packet, key: &TunnelKey, tables: &impl Tables) -> Result<(), Reason> {
+pub fn tunnel(packet: &Packet, key: &TunnelKey, tables: &impl Tables) -> Result<Peer, Reason> {
     match tables.peer(&key.source) {
         Some(node) if node.flags & peer_flags::NODE != 0 => {}
         _ => return Err(Reason::UnknownTunnelPeer),
     }
     match tables.peer(&packet.src) {
         Some(peer) if peer.flags & peer_flags::LOCAL != 0 => Err(Reason::OwnSource),
-        Some(peer) if same_addr(&peer.node, &key.source) => Ok(()),
+        Some(peer) if same_addr(&peer.node, &key.source) => Ok(peer),
         _ => Err(Reason::TunnelSourceMismatch),
     }
 }

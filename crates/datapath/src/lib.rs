@@ -22,7 +22,9 @@ pub mod packet;
 pub mod service;
 pub mod track;
 
-use podway_abi::{Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source};
+use podway_abi::{
+    Addr, CtEntry, CtKey, CtRoute, Endpoint, Hook, Mac, NodeConfig, Peer, Reason, Source, services,
+};
 
 pub use packet::Packet;
 pub use track::{Found, Observation};
@@ -50,7 +52,7 @@ pub trait Bytes {
 }
 
 /// Where the decisions find the state of node and cluster. Every look-up returns a copy.
-pub trait Tables {
+pub trait Tables: service::ServiceHost {
     /// The node's own configuration.
     fn config(&self) -> Option<NodeConfig>;
     /// The pod on this node that has this address.
@@ -115,6 +117,8 @@ pub enum Verdict {
     SetTunnel,
     /// Send it on the underlay device to the next hop of the node's route.
     ToUplink,
+    /// Tell its sender that nobody answers there, and discard it.
+    Reject,
 }
 
 /// A decision: verdict and reason.
@@ -140,6 +144,25 @@ impl Action {
     }
 }
 
+/// Ends of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Tuple {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+}
+
+impl Tuple {
+    /// No ends.
+    pub const NONE: Self = Self { src: Addr::UNSPECIFIED, dst: Addr::UNSPECIFIED, src_port: 0, dst_port: 0 };
+}
+
 /// Workspace of one decision and its effects, for the host to apply. One per CPU in the kernel, because
 /// 512 bytes of stack serve a whole call chain.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +178,34 @@ pub struct Scratch {
     pub ct_entry: CtEntry,
     /// Whether the packet opens a flow: the host inserts it unless the packet is dropped.
     pub new_flow: bool,
+    /// Whether the packet comes from end `b` of [`Scratch::ct_key`].
+    pub from_b: bool,
+    /// Whether the packet has to become what [`Scratch::packet`] says; it was [`Scratch::was`].
+    pub rewrite: bool,
+    /// Whether the packet is an ICMP error and the one inside has to become [`Scratch::inner_now`] as well.
+    pub rewrite_inner: bool,
+    /// Whether [`Scratch::forward`] and [`Scratch::back`] have to be written.
+    pub new_translation: bool,
+    /// Whether [`Scratch::fragment_ports`] have to be written under [`Scratch::fragment`].
+    pub new_fragment: bool,
+    /// What the packet was when it came, when [`Scratch::rewrite`] is set.
+    pub was: Tuple,
+    /// The packet inside an ICMP error: its ends and its protocol.
+    pub inner: Packet,
+    /// What the packet inside an ICMP error has to become.
+    pub inner_now: Tuple,
+    /// What is asked of the services.
+    pub query: service::Query,
+    /// The backend that was chosen; its service is `u32::MAX` when none was asked.
+    pub choice: service::Choice,
+    /// Translation of the client's packets.
+    pub forward: services::KeyedTranslation,
+    /// Translation of the answers.
+    pub back: services::KeyedTranslation,
+    /// A fragmented datagram.
+    pub fragment: services::FragmentKey,
+    /// Its ports.
+    pub fragment_ports: services::FragmentPorts,
 }
 
 impl Scratch {
@@ -173,6 +224,20 @@ impl Scratch {
             },
             ct_entry: CtEntry::NONE,
             new_flow: false,
+            from_b: false,
+            rewrite: false,
+            rewrite_inner: false,
+            new_translation: false,
+            new_fragment: false,
+            was: Tuple::NONE,
+            inner: Packet::EMPTY,
+            inner_now: Tuple::NONE,
+            query: service::Query::NONE,
+            choice: service::Choice::NONE,
+            forward: services::KeyedTranslation::NONE,
+            back: services::KeyedTranslation::NONE,
+            fragment: services::FragmentKey::NONE,
+            fragment_ports: services::FragmentPorts { src_port: 0, dst_port: 0 },
         }
     }
 }
@@ -189,6 +254,12 @@ impl Default for Scratch {
 #[inline(always)]
 pub fn decide(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
     scratch.new_flow = false;
+    scratch.rewrite = false;
+    scratch.rewrite_inner = false;
+    scratch.new_translation = false;
+    scratch.new_fragment = false;
+    scratch.choice.service = u32::MAX;
+    scratch.choice.remember = false;
     match env.hook() {
         Hook::FromPod => forward::from_pod(bytes, tables, env, scratch),
         Hook::ToPod => forward::to_pod(bytes, tables, env, scratch),

@@ -80,7 +80,8 @@ impl TestDatapath {
         } else {
             Mode::Direct
         };
-        self.get().set_config(&NodeConfig { mode, uplink_ifindex: interfaces.uplink }).unwrap();
+        let uplink_ifindex = interfaces.uplink;
+        self.get().set_config(&NodeConfig { mode, uplink_ifindex, stack_translates: false }).unwrap();
     }
 
     fn set_peers(&self, peers: Vec<(Addr, u8, podway_abi::Peer)>) {

@@ -4,14 +4,20 @@
 //! [`ServiceHost`]. A look-up costs the same whatever the number of services: at most three hash look-ups tell what
 //! answers at an address ([`find`]), then three array look-ups lead to a backend ([`choose`]).
 
+mod errors;
+mod fragments;
 mod pick;
+mod translate;
 
+pub use errors::{ICMP_LEN, translate_error};
+pub use fragments::complete;
 pub use pick::{Choice, maglev_hash};
-use podway_abi::Addr;
 use podway_abi::services::{
-    ANY_V4, Affinity, AffinityKey, Backend, Frontend, FrontendKey, Origin, SetWord, SlotPair, SourceRange,
-    address_flags, frontend_flags, route, scope, set_kind,
+    ANY_V4, Affinity, AffinityKey, Backend, FragmentKey, FragmentPorts, Frontend, FrontendKey, Origin,
+    SetWord, SlotPair, SourceRange, Translation, address_flags, frontend_flags, route, scope, set_kind,
 };
+use podway_abi::{Addr, CtKey};
+pub use translate::{Step, translate, translate_back};
 
 use crate::same_addr;
 
@@ -35,6 +41,15 @@ pub trait ServiceHost {
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
     /// Whether a sender lies in one of a service's source ranges.
     fn in_source_ranges(&self, key: &SourceRange) -> bool;
+    /// Into what the packets of a flow are translated.
+    fn translation(&self, key: &CtKey) -> Option<Translation>;
+    /// Writes a translation unless there is one already; says whether it did. The one write that a decision needs at
+    /// once: two flows must not get the same port. A host that must not change anything says whether it could.
+    fn claim(&self, key: &CtKey, translation: &Translation) -> bool;
+    /// The address of the node that replaces a masqueraded source of one family, or [`Addr::UNSPECIFIED`].
+    fn masquerade(&self, v4: bool) -> Addr;
+    /// The ports of a fragmented datagram.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// A number that nobody can predict.
     fn random(&self) -> u32;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -61,6 +76,20 @@ pub struct Query {
     /// Whether the client keeps its backend without session affinity too: each datagram of an unconnected socket
     /// asks anew.
     pub sticky: bool,
+}
+
+impl Query {
+    /// Nothing asked.
+    pub const NONE: Self = Self {
+        client: Addr::UNSPECIFIED,
+        src: Addr::UNSPECIFIED,
+        dst: Addr::UNSPECIFIED,
+        src_port: 0,
+        dst_port: 0,
+        proto: 0,
+        origin: Origin::External,
+        sticky: false,
+    };
 }
 
 /// What a query comes to.
