@@ -271,3 +271,105 @@ fn may_be_endpoint(addr: &IpAddr) -> bool {
     };
     !(link_local || addr.is_unspecified() || addr.is_loopback() || addr.is_multicast())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn slice(fields: &Value) -> Result<EndpointSlice, Rejection> {
+        let mut value = json!({"metadata": {"namespace": "default", "name": "web-1",
+            "labels": {"kubernetes.io/service-name": "web"}}});
+        value.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        EndpointSlice::parse(&value)
+    }
+
+    #[test]
+    fn endpoints_are_read() {
+        let parsed = slice(&json!({
+            "addressType": "IPv4",
+            "ports": [{"name": "http", "port": 8080}, {"name": null, "protocol": "UDP", "port": 53}, {"name": "any", "port": null}],
+            "endpoints": [
+                {"addresses": ["10.244.0.1"], "nodeName": "n1", "zone": "a", "targetRef": {"kind": "Pod", "name": "web-0"},
+                 "hints": {"forZones": [{"name": "a"}], "forNodes": [{"name": "n1"}]}},
+                {"addresses": ["10.244.00.002"], "conditions": {"ready": false, "serving": true, "terminating": true}},
+                {"addresses": ["10.244.0.3"], "conditions": {"ready": false}},
+                {"addresses": ["10.244.0.4"], "conditions": {"serving": false}},
+                {"addresses": []},
+            ],
+        }))
+        .unwrap();
+        assert_eq!(parsed.service.as_deref(), Some("web"));
+        assert_eq!(
+            parsed.ports.iter().map(|p| (&*p.name, p.port)).collect::<Vec<_>>(),
+            [("http", 8080), ("", 53)]
+        );
+        let states: Vec<_> = parsed.endpoints.iter().map(|e| (e.ready, e.serving, e.terminating)).collect();
+        assert_eq!(
+            states,
+            [(true, true, false), (false, true, true), (false, false, false), (false, false, false)]
+        );
+        let first = &parsed.endpoints[0];
+        assert_eq!(
+            (first.zone_hints().len(), first.node_hints().len(), first.pod.as_deref()),
+            (1, 1, Some("web-0"))
+        );
+        assert_eq!(parsed.endpoints[1].addr, IpAddr::from([10, 244, 0, 2]));
+    }
+
+    #[test]
+    fn what_is_malformed_is_named_and_costs_itself() {
+        for (fields, field, cause) in [
+            (json!({"addressType": "IPv5"}), "addressType", "none of IPv4"),
+            (json!({"endpoints": "all"}), "endpoints", "not a list"),
+            (json!({"ports": {}}), "ports", "not a list"),
+        ] {
+            let rejection = slice(&fields).unwrap_err();
+            assert_eq!(rejection.field, field);
+            assert!(rejection.cause.contains(cause), "{rejection}");
+            assert!(rejection.to_string().starts_with("EndpointSlice default/web-1: "), "{rejection}");
+        }
+        let parsed = slice(&json!({
+            "addressType": "IPv4",
+            "ports": [{"port": 80}, {"port": 99_999}, 7, {"port": 1, "protocol": "tcp"}, {"port": 2, "name": 3}],
+            "endpoints": [
+                {"addresses": ["10.0.0.1"]}, {"addresses": ["nine"]}, {"addresses": ["fd00::1"]}, {"addresses": ["127.0.0.1"]},
+                {"addresses": ["169.254.169.254"]}, {"addresses": ["10.0.0.2"], "conditions": {"ready": "yes"}},
+                {"addresses": ["10.0.0.3"], "nodeName": 7}, {"addresses": ["10.0.0.4"], "hints": {"forZones": [{}]}}, null,
+                {"addresses": "10.0.0.5"},
+            ],
+        }))
+        .unwrap();
+        assert_eq!((parsed.endpoints.len(), parsed.ports.len()), (1, 1));
+        let fields: Vec<&str> = parsed.refused.iter().map(|r| r.field.as_str()).collect();
+        assert_eq!(
+            fields,
+            [
+                "endpoints[1].addresses[0]",
+                "endpoints[2].addresses[0]",
+                "endpoints[3].addresses[0]",
+                "endpoints[4].addresses[0]",
+                "endpoints[5].conditions.ready",
+                "endpoints[6].nodeName",
+                "endpoints[7].hints.forZones[0].name",
+                "endpoints[8]",
+                "endpoints[9].addresses",
+                "ports[1].port",
+                "ports[2]",
+                "ports[3].protocol",
+                "ports[4].name",
+            ]
+        );
+    }
+
+    #[test]
+    fn without_a_type_the_addresses_say_it() {
+        let of = |addr: &str| slice(&json!({"endpoints": [{"addresses": [addr]}]})).unwrap().address_type;
+        assert_eq!(of("10.0.0.1"), AddressType::Ip(Family::V4));
+        assert_eq!(of("fd00::1"), AddressType::Ip(Family::V6));
+        let names =
+            slice(&json!({"addressType": "FQDN", "endpoints": [{"addresses": ["example.org"]}]})).unwrap();
+        assert_eq!((names.address_type, names.endpoints.len()), (AddressType::Fqdn, 0));
+    }
+}

@@ -3,20 +3,29 @@
 //! Objects come in as JSON, one by one, so that a malformed one costs itself and nothing else: it becomes a
 //! [`Rejection`] that names object, field and cause. No I/O, no clocks, no kernel.
 
+pub mod cluster_policy;
 pub mod endpoint_slice;
 mod net;
+pub mod network_policy;
 pub mod node;
 pub mod nodes;
+pub mod pod;
+pub mod policy;
 mod read;
+pub mod selector;
 pub mod service;
 
 /// CustomResourceDefinition of `LoadBalancerPool` (podway.dev/v1alpha1), as JSON.
 pub const LOAD_BALANCER_POOL_DEFINITION: &str = include_str!("load_balancer_pool.json");
 
+pub use cluster_policy::ClusterNetworkPolicy;
 pub use endpoint_slice::EndpointSlice;
 pub use net::{Family, Protocol};
+pub use network_policy::NetworkPolicy;
 pub use node::Node;
 pub use nodes::{NodeChange, Nodes};
+pub use pod::{Namespace, NodePeer, Pod};
+pub use selector::{Labels, Selector};
 pub use service::Service;
 
 /// Why an object, or a part of it, is not used.

@@ -377,3 +377,126 @@ fn one_port(object: &Object<'_>, at: &str, entry: &Value) -> Result<ServicePort,
         .ok_or_else(|| object.reject(&format!("{at}.port"), "is missing; a port needs a number"))?;
     Ok(ServicePort { name: name.to_owned(), protocol, port, node_port: number("nodePort")? })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn service(spec: &Value, status: &Value) -> Result<Service, Rejection> {
+        Service::parse(&json!({
+            "metadata": {"namespace": "default", "name": "web", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": spec, "status": status,
+        }))
+    }
+
+    #[test]
+    fn a_load_balancer_is_read() {
+        let parsed = service(
+            &json!({
+                "type": "LoadBalancer", "clusterIP": "172.30.0.1", "clusterIPs": ["172.30.0.1", "fd00::1"],
+                "externalIPs": ["192.0.2.1", "192.0.2.1"], "loadBalancerClass": "example.org/lb",
+                "loadBalancerSourceRanges": [" 203.0.113.7/24"], "externalTrafficPolicy": "Local",
+                "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
+                "healthCheckNodePort": 30_009, "loadBalancerIP": "192.0.2.9",
+                "ports": [{"name": "http", "port": 80, "nodePort": 30_080}, {"name": "dns", "port": 53, "protocol": "UDP"}],
+            }),
+            &json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.2", "ipMode": "Proxy"}, {"hostname": "lb"}, {"ip": "2001:db8::1"}]}}),
+        )
+        .unwrap();
+        assert_eq!(parsed.cluster_ip(Family::V6), Some("fd00::1".parse().unwrap()));
+        assert_eq!(parsed.external_ips.len(), 1);
+        assert_eq!(parsed.source_ranges, Some(vec!["203.0.113.0/24".parse().unwrap()]));
+        assert_eq!(
+            (parsed.internal_policy, parsed.external_policy),
+            (TrafficPolicy::Cluster, TrafficPolicy::Local)
+        );
+        assert_eq!((parsed.affinity_s, parsed.health_check_node_port), (Some(60), Some(30_009)));
+        assert_eq!(parsed.ingress.iter().map(|i| i.proxy).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(parsed.ports[0].node_port, Some(30_080));
+        assert_eq!(parsed.ports[1].protocol, Protocol::Udp);
+        assert!(parsed.refused.is_empty());
+        assert!(parsed.has_load_balancer() && parsed.has_node_ports());
+    }
+
+    #[test]
+    fn fields_that_nobody_filled_in_may_be_absent() {
+        let parsed =
+            service(&json!({"clusterIP": "172.30.0.1", "ports": [{"port": 80}]}), &Value::Null).unwrap();
+        assert_eq!(
+            (parsed.service_type, parsed.affinity_s, parsed.source_ranges.clone()),
+            (None, None, None)
+        );
+        assert!(parsed.has_node_ports() && parsed.has_load_balancer() && !parsed.headless);
+        let affinity = service(&json!({"sessionAffinity": "ClientIP"}), &Value::Null).unwrap();
+        assert_eq!((affinity.affinity_s, affinity.cluster_ips.len()), (Some(10_800), 0));
+        assert!(service(&json!({"clusterIP": "None"}), &Value::Null).unwrap().headless);
+    }
+
+    #[test]
+    fn what_is_malformed_is_named() {
+        let cases: &[(Value, &str, &str)] = &[
+            (json!({"type": "Internal"}), "spec.type", "none of ClusterIP"),
+            (json!({"type": 1}), "spec.type", "a number, not a string"),
+            (json!({"clusterIPs": ["10.0.0.300"]}), "spec.clusterIPs[0]", "not an IP address"),
+            (json!({"clusterIPs": ["10.0.0.1", "10.0.0.2"]}), "spec.clusterIPs[1]", "second cluster IP"),
+            (json!({"clusterIPs": "10.0.0.1"}), "spec.clusterIPs", "not a list"),
+            (json!({"clusterIP": "127.0.0.1"}), "spec.clusterIP", "cannot be the address"),
+            (json!({"externalIPs": {}}), "spec.externalIPs", "not a list"),
+            (
+                json!({"internalTrafficPolicy": "Near"}),
+                "spec.internalTrafficPolicy",
+                "neither Cluster nor Local",
+            ),
+            (json!({"sessionAffinity": "Cookie"}), "spec.sessionAffinity", "neither None nor ClientIP"),
+            (
+                json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 0}}}),
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                "between 1 and 86400",
+            ),
+            (json!({"healthCheckNodePort": 70_000}), "spec.healthCheckNodePort", "not a port"),
+            (json!({"ports": 80}), "spec.ports", "not a list"),
+        ];
+        for (spec, field, cause) in cases {
+            let rejection = service(spec, &Value::Null).unwrap_err();
+            assert_eq!(&rejection.field, field, "{spec}");
+            assert!(rejection.cause.contains(cause), "{} lacks {cause}", rejection.cause);
+            assert!(rejection.to_string().starts_with("Service default/web: "), "{rejection}");
+        }
+        let nowhere = Service::parse(&json!({"metadata": {"name": "web"}})).unwrap_err();
+        assert_eq!(nowhere.field, "metadata.namespace");
+    }
+
+    #[test]
+    fn entries_that_are_malformed_cost_themselves() {
+        let parsed = service(
+            &json!({
+                "externalIPs": ["192.0.2.1", "x", 7, "224.0.0.1"],
+                "loadBalancerSourceRanges": ["any"],
+                "ports": [{"port": 80}, {"port": 0}, {"port": 80, "name": "again"}, "http", {"port": 1, "protocol": "ICMP"}],
+            }),
+            &json!({"loadBalancer": {"ingress": [{"ip": "no"}, {"ip": "192.0.2.5"}, {"ip": "192.0.2.6", "ipMode": "Direct"}, 1]}}),
+        )
+        .unwrap();
+        assert_eq!((parsed.external_ips.len(), parsed.ports.len(), parsed.ingress.len()), (1, 1, 1));
+        assert_eq!(parsed.source_ranges, Some(Vec::new()), "whoever wanted a restriction has one");
+        let fields: Vec<&str> = parsed.refused.iter().map(|r| r.field.as_str()).collect();
+        assert_eq!(
+            fields,
+            [
+                "spec.externalIPs[1]",
+                "spec.externalIPs[2]",
+                "spec.externalIPs[3]",
+                "status.loadBalancer.ingress[0].ip",
+                "status.loadBalancer.ingress[2].ipMode",
+                "status.loadBalancer.ingress[3]",
+                "spec.loadBalancerSourceRanges[0]",
+                "spec.ports[1].port",
+                "spec.ports[2]",
+                "spec.ports[3]",
+                "spec.ports[4].protocol",
+            ]
+        );
+    }
+}

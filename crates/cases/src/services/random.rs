@@ -126,7 +126,8 @@ impl Cluster {
         // Both ends are of one family.
         let senders: Vec<&str> =
             SENDERS.into_iter().filter(|s| address(s).is_ipv4() == dst.is_ipv4()).collect();
-        Flow { src: address(random.one(&senders)), dst, port, protocol }
+        let src = if random.chance(4) { dst } else { address(random.one(&senders)) };
+        Flow { src, dst, port, protocol }
     }
 
     fn aim(&self, random: &mut Random) -> Option<(IpAddr, u16, Protocol)> {
