@@ -72,6 +72,7 @@ pub fn cleanup(instance: &Instance, force: bool) -> Result<CleanupReport, Cleanu
             Err(error) => report.failed("nftables", error),
         }
     }
+    report.removed.extend(crate::services::mechanisms::remove_rules());
     let pin_dir = instance.pin_dir();
     if pin_dir.exists() {
         match Datapath::remove_all(&pin_dir) {

@@ -490,7 +490,8 @@ impl Control {
             }
             _ => Mode::Direct,
         };
-        let wanted = NodeConfig { mode, uplink_ifindex: local.uplink.index };
+        let stack_translates = self.config.services.mode.is_translated_by_the_stack();
+        let wanted = NodeConfig { mode, uplink_ifindex: local.uplink.index, stack_translates };
         if self.programmed.as_ref() == Some(&wanted) {
             return Ok(());
         }

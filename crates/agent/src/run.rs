@@ -230,7 +230,7 @@ impl Running {
                 services::remove(&services_config, &datapath);
                 None
             }
-            ServiceMode::Ebpf => {
+            _ => {
                 Some(Services::start(&services_config, &surroundings).map_err(failed("starting services"))?)
             }
         };

@@ -35,7 +35,6 @@ pub(crate) fn run(args: Agent) -> anyhow::Result<u8> {
         node_port_addresses: args.node_port_addresses,
         cgroup: args.cgroup,
         load_balancer_pool: args.load_balancer_pool,
-        ..ServicesConfig::default()
     };
     match podway_agent::run(config) {
         Ok(()) => Ok(OK),

@@ -173,8 +173,12 @@ pub(crate) enum UnderlayFamily {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum ServiceMode {
-    /// Programs and tables of eBPF
+    /// Programs and tables of eBPF: at the socket where there is one, else packet by packet
     Ebpf,
+    /// Rules and maps of nftables
+    Nftables,
+    /// Rules of iptables (iptables-restore, of whichever kind is in use)
+    Iptables,
     /// Not by Podway
     None,
 }
@@ -184,6 +188,8 @@ impl ServiceMode {
         use podway_agent::services::config::ServiceMode as Of;
         match self {
             Self::Ebpf => Of::Ebpf,
+            Self::Nftables => Of::Nftables,
+            Self::Iptables => Of::Iptables,
             Self::None => Of::None,
         }
     }
@@ -191,6 +197,8 @@ impl ServiceMode {
     fn of_lab(self) -> spec::ServiceMode {
         match self {
             Self::Ebpf => spec::ServiceMode::Ebpf,
+            Self::Nftables => spec::ServiceMode::Nftables,
+            Self::Iptables => spec::ServiceMode::Iptables,
             Self::None => spec::ServiceMode::None,
         }
     }

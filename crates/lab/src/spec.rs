@@ -239,6 +239,10 @@ pub enum ServiceMode {
     /// eBPF.
     #[default]
     Ebpf,
+    /// nftables.
+    Nftables,
+    /// iptables.
+    Iptables,
     /// Not at all.
     None,
 }
@@ -249,6 +253,8 @@ impl ServiceMode {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
             Self::None => "none",
         }
     }

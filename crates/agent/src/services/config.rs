@@ -14,21 +14,35 @@ use crate::config::ConfigError;
 pub enum ServiceMode {
     /// Programs and tables of eBPF.
     Ebpf,
+    /// Rules and maps of nftables.
+    Nftables,
+    /// Rules of iptables.
+    Iptables,
     /// Not by Podway.
     None,
 }
 
 impl ServiceMode {
     /// Every mode.
-    pub const ALL: [Self; 2] = [Self::Ebpf, Self::None];
+    pub const ALL: [Self; 4] = [Self::Ebpf, Self::Nftables, Self::Iptables, Self::None];
 
     /// As options spell it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
             Self::None => "none",
         }
+    }
+}
+
+impl ServiceMode {
+    /// Whether the node's stack translates, which then has to see every packet that pods exchange.
+    #[must_use]
+    pub fn is_translated_by_the_stack(self) -> bool {
+        matches!(self, Self::Nftables | Self::Iptables)
     }
 }
 
@@ -44,7 +58,7 @@ impl FromStr for ServiceMode {
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         Self::ALL.into_iter().find(|m| m.as_str() == text).ok_or_else(|| ConfigError {
             field: "service-mode",
-            cause: format!("{text:?} is none of ebpf, none"),
+            cause: format!("{text:?} is none of ebpf, nftables, iptables, none"),
         })
     }
 }
@@ -58,8 +72,6 @@ pub struct ServicesConfig {
     pub service_cidrs: Vec<IpNet>,
     /// Which of the node's addresses serve node ports; empty is all but loopback and link-local ones.
     pub node_port_addresses: Vec<IpNet>,
-    /// Name of the IPVS scheduler.
-    pub ipvs_scheduler: String,
     /// Root of the processes whose sockets are translated (eBPF); none is that of all.
     pub cgroup: Option<PathBuf>,
     /// Load balancer addresses to give, besides those of `LoadBalancerPool` objects.
@@ -72,7 +84,6 @@ impl Default for ServicesConfig {
             mode: ServiceMode::Ebpf,
             service_cidrs: Vec::new(),
             node_port_addresses: Vec::new(),
-            ipvs_scheduler: "rr".to_owned(),
             cgroup: None,
             load_balancer_pool: Vec::new(),
         }
@@ -101,16 +112,6 @@ impl ServicesConfig {
                     format!("{cidr} overlaps the range of cluster IPs {other}"),
                 );
             }
-        }
-        let name = &self.ipvs_scheduler;
-        if name.is_empty()
-            || name.len() > 15
-            || !name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        {
-            return bad(
-                "ipvs-scheduler",
-                format!("{name:?} is no name of a scheduler such as rr, wrr, lc, sh or mh"),
-            );
         }
         Ok(())
     }
@@ -143,7 +144,7 @@ mod tests {
     fn each_bad_setting_is_named() {
         assert_eq!(ServicesConfig::default().validate(), Ok(()));
         type Case = (fn(&mut ServicesConfig), &'static str);
-        let cases: [Case; 5] = [
+        let cases: [Case; 4] = [
             (|c| c.service_cidrs = vec!["10.96.0.1/16".parse().unwrap()], "service-cidr"),
             (|c| c.service_cidrs = vec!["::/0".parse().unwrap()], "service-cidr"),
             (|c| c.load_balancer_pool = vec!["224.0.0.0/8".parse().unwrap()], "load-balancer-pool"),
@@ -154,7 +155,6 @@ mod tests {
                 },
                 "load-balancer-pool",
             ),
-            (|c| c.ipvs_scheduler = "rr; reboot".into(), "ipvs-scheduler"),
         ];
         for (change, field) in cases {
             let mut config = ServicesConfig::default();

@@ -27,7 +27,7 @@ use super::feed::{Input, ServiceItem, SliceItem};
 use super::health_checks::{Answer, HealthChecks};
 use super::kernel::{Counts, Kernel, KernelError, Outcome, Refused};
 use super::lb::ObjectName;
-use super::mechanisms::Mechanisms;
+use super::mechanisms::{self, Mechanisms};
 use super::metrics::{Current, PortCounts, ServiceMetrics};
 use super::query::Question;
 use super::report;
@@ -48,6 +48,8 @@ const AUDIT: Duration = Duration::from_secs(8);
 const ADDRESSES: Duration = Duration::from_secs(5);
 /// How often counters are read for the metrics.
 const PUBLISH: Duration = Duration::from_secs(5);
+/// How often other proxies are looked for.
+const OTHERS: Duration = Duration::from_secs(600);
 /// Pause after a failed write; doubles up to the longest.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -105,6 +107,7 @@ pub(super) struct Driver {
     refused: Vec<Refused>,
     counts: HashMap<ServiceId, Counts>,
     audited: Instant,
+    others_looked: Option<Instant>,
     published: Option<Instant>,
 }
 
@@ -136,6 +139,7 @@ impl Driver {
             refused: Vec::new(),
             counts: HashMap::new(),
             audited: Instant::now(),
+            others_looked: None,
             published: None,
         }
     }
@@ -438,6 +442,9 @@ impl Driver {
         if let Some(kernel) = &mut self.kernel {
             kernel.idle();
         }
+        if self.in_force && self.others_looked.is_none_or(|at| at.elapsed() >= OTHERS) {
+            self.look_for_others();
+        }
         if self.published.is_none_or(|at| at.elapsed() >= PUBLISH) {
             self.publish();
         }
@@ -586,6 +593,18 @@ impl Driver {
                 warn!(%error, "the kernel cannot be compared with what services should be");
                 self.dirty = true;
             }
+        }
+    }
+
+    /// Whether other proxies are at work, on a thread of its own: reading tens of thousands of rules takes a while.
+    fn look_for_others(&mut self) {
+        self.others_looked = Some(Instant::now());
+        let reporter = Arc::clone(&self.parts.reporter);
+        let looking = std::thread::Builder::new()
+            .name("podway-others".into())
+            .spawn(move || mechanisms::tell_others(&reporter));
+        if let Err(error) = looking {
+            warn!(%error, "other service proxies are not looked for");
         }
     }
 

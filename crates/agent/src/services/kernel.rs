@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use podway_bpf_host::{ApplyReport, Datapath, MapFill, ServiceWriter};
 use podway_link::{Netlink, Netns};
+use podway_proxy_rules::{Report, Writer};
 use podway_services::ServiceTable;
 use podway_services::table::{NodeView, Protocol, ServiceId, SetId, TableChange};
 use tracing::{debug, info, warn};
@@ -19,6 +20,9 @@ pub(super) enum KernelError {
     /// Programs and tables of eBPF.
     #[error(transparent)]
     Ebpf(#[from] podway_bpf_host::Error),
+    /// Rules of other mechanisms.
+    #[error(transparent)]
+    Rules(#[from] podway_proxy_rules::Error),
     /// There is nothing to attach socket programs to.
     #[error(
         "no unified hierarchy of control groups is mounted; mount one (mount -t cgroup2 none DIR) and give --cgroup DIR"
@@ -245,5 +249,53 @@ impl Kernel for Ebpf {
 
     fn fill(&self) -> Vec<MapFill> {
         self.writer.fill()
+    }
+}
+
+/// Rules of nftables, iptables or IPVS.
+pub(super) struct Rules(Box<dyn Writer>);
+
+impl Rules {
+    pub(super) fn new(writer: impl Writer + 'static) -> Self {
+        Self(Box::new(writer))
+    }
+}
+
+fn outcome(report: Report, table: &ServiceTable) -> Outcome {
+    let refused = report.refused.into_iter().map(|r| Refused {
+        service: table.services.get(&r.service).map(|m| (m.namespace.to_string(), m.name.to_string())),
+        cause: format!("{}: {}", r.object, r.cause),
+    });
+    Outcome { written: report.written, removed: report.removed, refused: refused.collect() }
+}
+
+impl Kernel for Rules {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn sync(&mut self, table: &ServiceTable, view: &NodeView) -> Result<Outcome, KernelError> {
+        Ok(outcome(self.0.sync(table, view)?, table))
+    }
+
+    fn apply(&mut self, table: &ServiceTable, changes: &[TableChange]) -> Result<Outcome, KernelError> {
+        Ok(outcome(self.0.apply(changes)?, table))
+    }
+
+    fn audit(&mut self, table: &ServiceTable, _: &NodeView) -> Result<(Vec<String>, Outcome), KernelError> {
+        let found = self.0.audit()?;
+        let missing = found.missing.into_iter().map(|line| format!("missing: {line}"));
+        let foreign = found.foreign.into_iter().map(|line| format!("not from us: {line}"));
+        Ok((missing.chain(foreign).collect(), outcome(found.report, table)))
+    }
+
+    fn remove(&mut self) -> Result<Vec<String>, KernelError> {
+        Ok(self.0.remove()?)
+    }
+
+    fn counters(&mut self) -> Vec<(ServiceId, Counts)> {
+        // A mechanism that does not count has no counters to show.
+        let all = self.0.counters().unwrap_or_default().into_iter();
+        all.map(|c| (c.service, Counts { connections: c.connections, ..Counts::default() })).collect()
     }
 }

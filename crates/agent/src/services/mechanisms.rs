@@ -1,12 +1,16 @@
-//! Which mechanisms there are, and which one is in use.
+//! Which mechanisms there are, which one is in use, and who else is at work.
 
 use std::sync::Arc;
 
 use podway_bpf_host::Datapath;
-use tracing::warn;
+use podway_proxy_rules::foreign::detect;
+use podway_proxy_rules::iptables::{IptablesWriter, Kind};
+use podway_proxy_rules::nft::NftWriter;
+use tracing::{debug, warn};
 
 use super::config::{ServiceMode, ServicesConfig};
-use super::kernel::{Ebpf, Kernel, KernelError};
+use super::kernel::{Ebpf, Kernel, KernelError, Rules};
+use crate::events::Reporter;
 
 /// Makes the mechanism that the configuration names, and removes what the others left.
 pub(super) struct Mechanisms {
@@ -24,16 +28,16 @@ impl Mechanisms {
     /// # Errors
     /// The kernel, or this machine, lacks what it needs.
     pub(super) fn chosen(&self) -> Result<Option<Box<dyn Kernel>>, KernelError> {
-        self.open(self.config.mode)
-    }
-
-    fn open(&self, mode: ServiceMode) -> Result<Option<Box<dyn Kernel>>, KernelError> {
-        Ok(match mode {
-            ServiceMode::Ebpf => {
-                Some(Box::new(Ebpf::open(Arc::clone(&self.datapath), self.config.cgroup.as_deref())?))
-            }
+        Ok(match self.config.mode {
+            ServiceMode::Ebpf => Some(self.ebpf()?),
+            ServiceMode::Nftables => Some(Box::new(Rules::new(NftWriter::new()))),
+            ServiceMode::Iptables => Some(Box::new(Rules::new(IptablesWriter::new(Kind::in_use()?)))),
             ServiceMode::None => None,
         })
+    }
+
+    fn ebpf(&self) -> Result<Box<dyn Kernel>, KernelError> {
+        Ok(Box::new(Ebpf::open(Arc::clone(&self.datapath), self.config.cgroup.as_deref())?))
     }
 
     /// Removes what the other mechanisms left; lines that say what it was.
@@ -41,12 +45,58 @@ impl Mechanisms {
         let mut removed = Vec::new();
         for mode in ServiceMode::ALL.into_iter().filter(|m| *m != self.config.mode) {
             // A mechanism that this machine does not have has left nothing.
-            let Ok(Some(mut kernel)) = self.open(mode) else { continue };
-            match kernel.remove() {
-                Ok(lines) => removed.extend(lines.into_iter().map(|line| format!("{mode}: {line}"))),
-                Err(error) => warn!(%mode, %error, "what this mode of services left cannot be removed"),
+            let kernels: Vec<Box<dyn Kernel>> = match mode {
+                ServiceMode::Ebpf => self.ebpf().into_iter().collect(),
+                ServiceMode::None => Vec::new(),
+                other => rules(other),
+            };
+            for mut kernel in kernels {
+                match kernel.remove() {
+                    Ok(lines) => removed.extend(lines.into_iter().map(|line| format!("{mode}: {line}"))),
+                    Err(error) => debug!(%mode, %error, "what this mode of services may have left"),
+                }
             }
         }
         removed
+    }
+}
+
+/// Writers of one mode, of every kind that it has.
+fn rules(mode: ServiceMode) -> Vec<Box<dyn Kernel>> {
+    match mode {
+        ServiceMode::Nftables => vec![Box::new(Rules::new(NftWriter::new()))],
+        ServiceMode::Iptables => Kind::in_use()
+            .into_iter()
+            .map(|k| Box::new(Rules::new(IptablesWriter::new(k))) as Box<dyn Kernel>)
+            .collect(),
+        ServiceMode::Ebpf | ServiceMode::None => Vec::new(),
+    }
+}
+
+/// Removes the rules of every mechanism, for `podway cleanup`; lines that say what it was.
+pub(crate) fn remove_rules() -> Vec<String> {
+    let mut removed = Vec::new();
+    for mode in ServiceMode::ALL {
+        for mut kernel in rules(mode) {
+            match kernel.remove() {
+                Ok(lines) => removed.extend(lines),
+                // What is not installed has left nothing.
+                Err(error) => debug!(%mode, %error, "what this mode of services may have left"),
+            }
+        }
+    }
+    removed
+}
+
+/// Tells about other proxies that are at work in the calling thread's network namespace, or have left something.
+pub(super) fn tell_others(reporter: &Reporter) {
+    let found = detect::detect();
+    for finding in &found.findings {
+        let evidence = finding.evidence.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
+        let message = format!("{}: {evidence}. {}; {}", finding.proxy, finding.meaning(), finding.advice());
+        reporter.warning("OtherServiceProxy", &finding.proxy.to_string(), &message);
+    }
+    for why in found.unknown {
+        warn!(why, "whether another service proxy is at work cannot be told completely");
     }
 }

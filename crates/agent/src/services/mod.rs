@@ -18,7 +18,7 @@ mod driver;
 mod feed;
 mod kernel;
 mod lb;
-mod mechanisms;
+pub(crate) mod mechanisms;
 mod report;
 mod view;
 
