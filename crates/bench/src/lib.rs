@@ -1,7 +1,7 @@
 //! Podway's benches: Podway and what it competes with, side by side on one machine.
 //!
 //! ```text
-//!   net, cni ── a bench: makes both sides, measures, removes everything
+//!   net, cni, services ── a bench: makes both sides, measures, removes everything
 //!     │  cluster      our side: a lab with real agents
 //!     │  network      the peer's side: bridge, VXLAN, iptables rules (rules)
 //!     │  traffic      the bytes themselves, in processes of their own (place)
@@ -15,6 +15,7 @@
 
 pub mod cluster;
 pub mod cni;
+mod curves;
 pub mod machine;
 pub mod namespaces;
 pub mod net;
@@ -25,6 +26,7 @@ pub mod plot;
 pub mod programs;
 pub mod report;
 pub mod rules;
+pub mod services;
 pub mod stats;
 pub mod stop;
 pub mod traffic;
@@ -52,7 +54,9 @@ fn new_report(bench: &str, machine: Machine) -> Report {
         machine,
         options: serde_json::Value::Null,
         comparisons: vec![],
+        differences: vec![],
         times: vec![],
+        curves: vec![],
         programs: vec![],
         skipped: vec![],
     }

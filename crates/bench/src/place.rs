@@ -89,6 +89,23 @@ impl Running {
         Ok(line.trim_end().to_owned())
     }
 
+    /// Gives it a line and reads its answer.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn ask(&mut self, line: &str) -> anyhow::Result<String> {
+        let stdin = self.stdin.as_mut().context("standard input is closed already")?;
+        writeln!(stdin, "{line}").context("write a line")?;
+        self.line()
+    }
+
+    /// Ends it.
+    pub fn end(&mut self) {
+        // One that has ended and was waited for is not touched by either.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Gives it its input and waits for its end.
     ///
     /// # Errors
@@ -132,8 +149,6 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // One that has ended and was waited for is not touched by either.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }

@@ -4,9 +4,10 @@
 
 use std::fmt::Write as _;
 
+use crate::curves;
 use crate::report::{Comparison, Goal, Report, Verdict};
 
-const WIDTH: f64 = 960.0;
+pub(crate) const WIDTH: f64 = 960.0;
 const LEFT: f64 = 400.0;
 const RIGHT: f64 = 90.0;
 const TOP: f64 = 64.0;
@@ -19,7 +20,9 @@ pub fn svg(report: &Report) -> String {
     let rows = &report.comparisons;
     let axis = Axis::of(rows);
     let bottom = rows.iter().fold(TOP, |y, _| y + ROW);
-    let height = bottom + 56.0;
+    let below = bottom + 110.0;
+    let height =
+        if report.curves.is_empty() { bottom + 56.0 } else { below + curves::height(&report.curves) };
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
          height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
@@ -50,6 +53,7 @@ pub fn svg(report: &Report) -> String {
     let legend =
         "dot: one pair · bar: 95% interval of the median · dashes: goal, reached to the side of its arrow";
     text(&mut out, LEFT, bottom + 42.0, "start", "11", "#555555", legend);
+    curves::draw(&mut out, &report.curves, below);
     out += "</svg>\n";
     out
 }
@@ -112,7 +116,7 @@ impl Axis {
     }
 }
 
-fn line(out: &mut String, from: (f64, f64), to: (f64, f64), colour: &str, width: f64, more: &str) {
+pub(crate) fn line(out: &mut String, from: (f64, f64), to: (f64, f64), colour: &str, width: f64, more: &str) {
     let _ = writeln!(
         out,
         "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" stroke=\"{colour}\" stroke-width=\"{width}\"{more}/>",
@@ -120,7 +124,7 @@ fn line(out: &mut String, from: (f64, f64), to: (f64, f64), colour: &str, width:
     );
 }
 
-fn text(out: &mut String, x: f64, y: f64, anchor: &str, size: &str, colour: &str, content: &str) {
+pub(crate) fn text(out: &mut String, x: f64, y: f64, anchor: &str, size: &str, colour: &str, content: &str) {
     let content = content.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     let _ = writeln!(
         out,
@@ -135,8 +139,8 @@ mod tests {
     #[test]
     fn every_pair_is_drawn_inside_and_names_are_escaped() {
         let report = crate::report::tests::report();
-        let svg = svg(&report);
-        assert_eq!(svg.matches("<circle").count(), 30);
+        let svg = svg(&Report { curves: vec![], ..report.clone() });
+        assert_eq!(svg.matches("r=\"2.5\"").count(), 30);
         assert!(svg.contains("two &lt;nodes&gt; &amp; more") && svg.ends_with("</svg>\n"));
         for part in svg.split("cx=\"").skip(1) {
             let x: f64 = part.split('"').next().expect("quoted").parse().expect("number");

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::machine::Machine;
 use crate::pairs::{Pairs, Ratio};
 use crate::programs::ProgramCost;
-use crate::stats::median;
+use crate::stats::{Interval, median, median_interval};
 
 /// Everything that one bench found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,8 +26,14 @@ pub struct Report {
     pub options: Value,
     /// Side by side.
     pub comparisons: Vec<Comparison>,
+    /// Side by side, where the distance counts and not the ratio.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub differences: Vec<Difference>,
     /// Times of single operations.
     pub times: Vec<Times>,
+    /// The same over a size.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub curves: Vec<Curve>,
     /// What the kernel's programs cost.
     pub programs: Vec<ProgramCost>,
     /// What was not measured.
@@ -63,6 +69,44 @@ pub struct Comparison {
     pub goal: Goal,
     /// Whether it is there.
     pub verdict: Verdict,
+}
+
+/// How much more one thing is than another, measured in turns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Difference {
+    /// What was measured.
+    pub what: String,
+    /// Unit of the values.
+    pub unit: String,
+    /// By whom.
+    pub who: String,
+    /// Values of both.
+    pub values: Pairs,
+    /// Median of the pairs' differences.
+    pub median: f64,
+    /// Where the true one is.
+    pub interval: Interval,
+    /// It should be at most this.
+    pub goal: f64,
+    /// Whether it is.
+    pub verdict: Verdict,
+}
+
+/// One value over a size, by one side.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Curve {
+    /// What was measured.
+    pub what: String,
+    /// By whom.
+    pub who: String,
+    /// What the size is of.
+    pub x: String,
+    /// Unit of the values.
+    pub unit: String,
+    /// Size and value.
+    pub points: Vec<(f64, f64)>,
 }
 
 /// Medians of both sides.
@@ -138,6 +182,35 @@ impl Goal {
     }
 }
 
+impl Difference {
+    /// Evaluates what was measured. `None` when there are too few pairs.
+    #[must_use]
+    pub fn new(what: &str, unit: &str, who: &str, values: Pairs, goal: f64) -> Option<Self> {
+        let differences: Vec<f64> = values.ours.iter().zip(&values.peer).map(|(o, p)| o - p).collect();
+        let ratio = Ratio { median: median(&differences)?, interval: median_interval(&differences)? };
+        Some(Self {
+            what: what.into(),
+            unit: unit.into(),
+            who: who.into(),
+            values,
+            median: ratio.median,
+            interval: ratio.interval,
+            goal,
+            verdict: Goal::AtMost(goal).judge(&ratio),
+        })
+    }
+}
+
+impl Verdict {
+    const fn word(self) -> &'static str {
+        match self {
+            Verdict::Reached => "reached",
+            Verdict::Missed => "missed",
+            Verdict::Open => "open",
+        }
+    }
+}
+
 impl Comparison {
     /// Evaluates what was measured. `None` when there are too few pairs.
     #[must_use]
@@ -165,11 +238,6 @@ pub fn table(report: &Report) -> String {
         vec![row(&["WHAT", "PEER", "PODWAY", "PEER'S", "UNIT", "RATIO", "95% INTERVAL", "GOAL", ""])];
     for c in &report.comparisons {
         let sign = if matches!(c.goal, Goal::AtLeast(_)) { "≥" } else { "≤" };
-        let verdict = match c.verdict {
-            Verdict::Reached => "reached",
-            Verdict::Missed => "missed",
-            Verdict::Open => "open",
-        };
         rows.push(vec![
             c.what.clone(),
             c.peer.clone(),
@@ -179,10 +247,27 @@ pub fn table(report: &Report) -> String {
             format!("{:.3}", c.ratio.median),
             format!("{:.3} to {:.3}", c.ratio.interval.low, c.ratio.interval.high),
             format!("{sign} {:.2}", c.goal.bound()),
-            verdict.into(),
+            c.verdict.word().into(),
         ]);
     }
-    text += &columns(&rows);
+    if !report.comparisons.is_empty() {
+        text += &columns(&rows);
+    }
+    if !report.differences.is_empty() {
+        let mut rows = vec![row(&["DIFFERENCE", "BY", "MEDIAN", "UNIT", "95% INTERVAL", "GOAL", ""])];
+        for d in &report.differences {
+            rows.push(vec![
+                d.what.clone(),
+                d.who.clone(),
+                number(d.median),
+                d.unit.clone(),
+                format!("{} to {}", number(d.interval.low), number(d.interval.high)),
+                format!("≤ {}", number(d.goal)),
+                d.verdict.word().into(),
+            ]);
+        }
+        let _ = write!(text, "\n{}", columns(&rows));
+    }
     if !report.times.is_empty() {
         let mut rows = vec![row(&["OPERATION", "BY", "P50", "P99", "UNIT", "COUNT"])];
         for t in &report.times {
@@ -238,7 +323,6 @@ fn columns(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::stats::Interval;
 
     pub(crate) fn report() -> Report {
         let pairs = |f: f64| Pairs {
@@ -255,6 +339,23 @@ pub(crate) mod tests {
                 Comparison::new("two <nodes> & more", "Gbit/s", "vxlan", pairs(1.25), Goal::AtLeast(1.0))
                     .expect("enough"),
                 Comparison::new("ADD", "ms", "bridge", pairs(0.25), Goal::AtMost(0.5)).expect("enough"),
+            ],
+            differences: vec![Difference::new("connect", "ns", "podway", pairs(1.5), 500.0).expect("enough")],
+            curves: vec![
+                Curve {
+                    what: "connect".into(),
+                    who: "podway".into(),
+                    x: "services".into(),
+                    unit: "µs".into(),
+                    points: vec![(10.0, 2.0), (1000.0, 2.5)],
+                },
+                Curve {
+                    what: "connect".into(),
+                    who: "iptables".into(),
+                    x: "services".into(),
+                    unit: "µs".into(),
+                    points: vec![(10.0, 3.0), (1000.0, 250.0)],
+                },
             ],
             times: vec![Times {
                 what: "ADD".into(),
@@ -305,6 +406,7 @@ pub(crate) mod tests {
             "≤ 0.50   reached",
             "from_pod",
             "321.0",
+            "≤ 500.0   reached",
             "skipped: x: not there",
         ] {
             assert!(table.contains(part), "{part} in\n{table}");

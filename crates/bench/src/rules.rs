@@ -9,6 +9,9 @@
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
+use crate::services::population::{NAMESPACE, Population, name, service_address};
+use crate::traffic::PORT;
+
 /// Most services: their addresses are counted in 16 bits.
 pub const MAX_SERVICES: u16 = 20_000;
 /// Mark of packets whose source is to be rewritten.
@@ -28,8 +31,31 @@ struct Service {
 /// Input for `iptables-restore`: the rules of `count` services and of the API server's own.
 #[must_use]
 pub fn kube_proxy(count: u16) -> String {
-    let services: Vec<Service> =
-        std::iter::once(api_server()).chain((0..count.min(MAX_SERVICES)).map(service)).collect();
+    rules(std::iter::once(api_server()).chain((0..count.min(MAX_SERVICES)).map(service)).collect())
+}
+
+/// The same for the services of a population, which can be connected to.
+#[must_use]
+pub fn kube_proxy_for(population: &Population) -> String {
+    let service = |index: u32| Service {
+        comment: format!("{NAMESPACE}/{}", name(index)),
+        address: service_address(index),
+        port: PORT,
+        chain: chain("SVC", index, 0),
+        endpoints: (0..population.endpoints)
+            .map(|e| {
+                (
+                    population.endpoint_address(index, e, 0),
+                    PORT,
+                    chain("SEP", index * population.endpoints + e, 1),
+                )
+            })
+            .collect(),
+    };
+    rules(std::iter::once(api_server()).chain((0..population.services).map(service)).collect())
+}
+
+fn rules(services: Vec<Service>) -> String {
     let mut text = String::new();
     filter(&mut text);
     nat(&mut text, &services);

@@ -7,8 +7,10 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use podway_bench::namespaces::OnlyOne;
 use podway_bench::report::{Report, table};
+use podway_bench::services::mechanism::Mode;
 use podway_bench::stop::Stop;
-use podway_bench::{cni, net, save, traffic};
+use podway_bench::{cni, net, save, services, traffic};
+use podway_lab::cgroup::Cgroup;
 
 use crate::args::{Format, OutputFormat};
 use crate::{FAILED, OK, output};
@@ -21,9 +23,21 @@ pub(crate) enum Bench {
     Net(Net),
     /// ADD and DEL of the CNI plugin, against bridge + host-local + portmap
     Cni(Cni),
+    /// What a service costs: first packet, steady traffic, programming, by mechanism and number of services
+    ///
+    /// Mechanisms are Podway's own (ebpf, nftables, iptables, iptables-legacy, ipvs) and what kube-proxy leaves in the
+    /// kernel (kube-nftables, kube-iptables, kube-iptables-legacy). Those that this machine lacks are skipped by name.
+    Services(Services),
     /// Answer the bench's clients
     #[command(hide = true)]
     Serve,
+    /// Open connections as standard input says
+    #[command(hide = true)]
+    Connect {
+        /// Control group to move into first
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
+    },
     /// Be one of the bench's clients
     #[command(hide = true)]
     Measure {
@@ -34,6 +48,9 @@ pub(crate) enum Bench {
         /// For how long
         #[arg(long)]
         milliseconds: u64,
+        /// Control group to move into first
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
     },
 }
 
@@ -82,6 +99,43 @@ pub(crate) struct Cni {
     concurrent: usize,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Services {
+    #[command(flatten)]
+    common: Common,
+    /// Mechanisms to measure; the first is compared with the others, or ebpf if it is among them
+    #[arg(long, value_delimiter = ',', value_name = "MODE", default_values_t = Mode::ALL.map(ModeName), value_parser = mode)]
+    modes: Vec<ModeName>,
+    /// Numbers of services
+    #[arg(long, value_delimiter = ',', value_name = "N", default_values_t = [10, 1_000, 5_000, 10_000, 30_000])]
+    services: Vec<u32>,
+    /// Endpoints of each service
+    #[arg(long, default_value_t = 2)]
+    endpoints: u32,
+    /// Time of each measurement of requests over an open connection
+    #[arg(long, default_value_t = 200)]
+    milliseconds: u64,
+    /// Seconds that loading the rules of one mechanism may take; it is skipped beyond
+    #[arg(long, default_value_t = 600)]
+    patience: u64,
+}
+
+/// A mode by its name on the command line.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ModeName(Mode);
+
+impl std::fmt::Display for ModeName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0.name())
+    }
+}
+
+fn mode(name: &str) -> Result<ModeName, String> {
+    Mode::ALL.into_iter().find(|m| m.name() == name).map(ModeName).ok_or_else(|| {
+        format!("there is no such mechanism; choose from {}", Mode::ALL.map(Mode::name).join(", "))
+    })
+}
+
 pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
     let say = |text: &str| output::error(&format!("{text} …"));
     match command {
@@ -111,8 +165,27 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             finish(&report, &args.common)?;
             Ok(OK)
         }
+        Bench::Services(args) => {
+            let _only = OnlyOne::take()?;
+            let options = services::Options {
+                modes: args.modes.iter().map(|m| m.0).collect(),
+                services: args.services,
+                endpoints: args.endpoints,
+                pairs: args.common.pairs,
+                time: Duration::from_millis(args.milliseconds),
+                patience: Duration::from_secs(args.patience),
+            };
+            let report = measured(|stop| services::run(&options, stop, say))?;
+            finish(&report, &args.common)?;
+            Ok(OK)
+        }
         Bench::Serve => traffic::serve().map(|()| OK),
-        Bench::Measure { kind, server, milliseconds } => {
+        Bench::Connect { cgroup } => {
+            join(cgroup)?;
+            services::connector::run().map(|()| OK)
+        }
+        Bench::Measure { kind, server, milliseconds, cgroup } => {
+            join(cgroup)?;
             let kind = match kind {
                 Kind::Stream => traffic::Kind::Stream,
                 Kind::Requests => traffic::Kind::Requests,
@@ -121,6 +194,10 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             Ok(OK)
         }
     }
+}
+
+fn join(cgroup: Option<PathBuf>) -> anyhow::Result<()> {
+    Ok(cgroup.map_or(Ok(()), |path| Cgroup::at(path).join())?)
 }
 
 /// Ctrl-C on a terminal ends the bench's own processes too; what then fails is not the news.
