@@ -17,3 +17,4 @@ mod live;
 mod paths;
 mod projects;
 mod runtimes;
+mod services;
