@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     Rejection,
@@ -131,6 +131,46 @@ fn address_type(object: &Object<'_>, endpoints: &[Value]) -> Result<AddressType,
     }
 }
 
+/// The rest of the path of a field, and what is wrong with it.
+type Wrong = (String, String);
+
+fn wrong(field: &str, found: &Value, expected: &str) -> Wrong {
+    (field.to_owned(), format!("is {}, not {expected}", type_name(found)))
+}
+
+fn object<'a>(field: &str, value: Option<&'a Value>) -> Result<Option<&'a Map<String, Value>>, Wrong> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(map)) => Ok(Some(map)),
+        Some(other) => Err(wrong(field, other, "an object")),
+    }
+}
+
+fn list<'a>(field: &str, value: Option<&'a Value>) -> Result<&'a [Value], Wrong> {
+    match value {
+        None | Some(Value::Null) => Ok(&[]),
+        Some(Value::Array(items)) => Ok(items),
+        Some(other) => Err(wrong(field, other, "a list")),
+    }
+}
+
+fn boolean(field: &str, value: Option<&Value>) -> Result<Option<bool>, Wrong> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(*value)),
+        Some(other) => Err(wrong(field, other, "a boolean")),
+    }
+}
+
+/// Empty is absent.
+fn string<'a>(field: &str, value: Option<&'a Value>) -> Result<Option<&'a str>, Wrong> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str()).filter(|text| !text.is_empty())),
+        Some(other) => Err(wrong(field, other, "a string")),
+    }
+}
+
 struct Reader<'a> {
     object: Object<'a>,
     /// Names of nodes and zones seen, to be shared: many endpoints have few of them.
@@ -142,63 +182,55 @@ impl<'a> Reader<'a> {
     fn endpoints(&mut self, listed: &'a [Value], family: Family) -> Vec<Endpoint> {
         let mut endpoints = Vec::with_capacity(listed.len());
         for (i, entry) in listed.iter().enumerate() {
-            match self.endpoint(&format!("endpoints[{i}]"), entry, family) {
+            match self.endpoint(entry, family) {
                 Ok(endpoint) => endpoints.extend(endpoint),
-                Err(rejection) => self.refused.push(rejection),
+                Err((field, cause)) => {
+                    self.refused.push(self.object.reject(&format!("endpoints[{i}]{field}"), &cause));
+                }
             }
         }
         endpoints
     }
 
-    /// `None` for an endpoint without an address: nothing can be sent there.
-    fn endpoint(
-        &mut self,
-        at: &str,
-        entry: &'a Value,
-        family: Family,
-    ) -> Result<Option<Endpoint>, Rejection> {
-        let object = &self.object;
-        if !entry.is_object() {
-            return Err(object.reject(at, &format!("is {}, not an object", type_name(entry))));
-        }
-        let Some(first) = object.array_value(&format!("{at}.addresses"), entry.get("addresses"))?.first()
-        else {
-            return Ok(None);
-        };
-        let field = format!("{at}.addresses[0]");
-        let text = object.text(&field, first)?;
-        let addr =
-            address(text).ok_or_else(|| object.reject(&field, &format!("{text:?} is not an IP address")))?;
+    /// `None` for an endpoint without an address: nothing can be sent there. The error is the rest of the field's path,
+    /// and the cause; there are very many endpoints, and hardly ever one that is wrong.
+    fn endpoint(&mut self, entry: &'a Value, family: Family) -> Result<Option<Endpoint>, Wrong> {
+        let Some(entry) = entry.as_object() else { return Err(wrong("", entry, "an object")) };
+        let addresses = list(".addresses", entry.get("addresses"))?;
+        let Some(first) = addresses.first() else { return Ok(None) };
+        let at = ".addresses[0]";
+        let text = first.as_str().ok_or_else(|| wrong(at, first, "a string"))?;
+        let refuse = |cause: String| (at.to_owned(), cause);
+        let addr = address(text).ok_or_else(|| refuse(format!("{text:?} is not an IP address")))?;
         if Family::of(&addr) != family {
-            return Err(object.reject(&field, &format!("{addr} is not {family}, which addressType says")));
+            return Err(refuse(format!("{addr} is not {family}, which addressType says")));
         }
         if !may_be_endpoint(&addr) {
-            let cause = format!("{addr} cannot be an endpoint: it would mean the node itself or its link");
-            return Err(object.reject(&field, &cause));
+            return Err(refuse(format!(
+                "{addr} cannot be an endpoint: it would mean the node itself or its link"
+            )));
         }
-        let condition = |name: &str| {
-            let value = entry.pointer(&format!("/conditions/{name}"));
-            object.boolean(&format!("{at}.conditions.{name}"), value)
-        };
-        let (ready, serving) = (condition("ready")?, condition("serving")?);
-        let terminating = condition("terminating")?.unwrap_or(false);
-        let text = |pointer: &str| {
-            let value = entry.pointer(pointer).filter(|v| !v.is_null());
-            let field = || format!("{at}.{}", pointer.trim_start_matches('/').replace('/', "."));
-            value.map(|v| object.text(&field(), v)).transpose().map(|t| t.filter(|t| !t.is_empty()))
-        };
-        let (node, zone) = (text("/nodeName")?, text("/zone")?);
-        let pod = match text("/targetRef/kind")? {
-            Some("Pod") => text("/targetRef/name")?.map(Box::from),
+        let [mut ready, mut serving, mut terminating] = [None; 3];
+        if let Some(conditions) = object(".conditions", entry.get("conditions"))? {
+            ready = boolean(".conditions.ready", conditions.get("ready"))?;
+            serving = boolean(".conditions.serving", conditions.get("serving"))?;
+            terminating = boolean(".conditions.terminating", conditions.get("terminating"))?;
+        }
+        let node = string(".nodeName", entry.get("nodeName"))?;
+        let zone = string(".zone", entry.get("zone"))?;
+        let pod = match object(".targetRef", entry.get("targetRef"))? {
+            Some(target) if target.get("kind").and_then(Value::as_str) == Some("Pod") => {
+                string(".targetRef.name", target.get("name"))?.map(Box::from)
+            }
             _ => None,
         };
-        let hints = self.hints(at, entry)?;
+        let hints = self.hints(entry.get("hints"))?;
         Ok(Some(Endpoint {
             addr,
             // Unknown is ready, but nobody can be ready without serving.
             ready: ready.unwrap_or(serving != Some(false)),
             serving: serving.unwrap_or(ready != Some(false)),
-            terminating,
+            terminating: terminating.unwrap_or(false),
             node: node.map(|name| self.shared(name)),
             zone: zone.map(|name| self.shared(name)),
             hints,
@@ -206,17 +238,19 @@ impl<'a> Reader<'a> {
         }))
     }
 
-    fn hints(&mut self, at: &str, entry: &'a Value) -> Result<Option<Box<Hints>>, Rejection> {
+    fn hints(&mut self, value: Option<&'a Value>) -> Result<Option<Box<Hints>>, Wrong> {
+        let Some(hints) = object(".hints", value)? else { return Ok(None) };
         let mut names = |key: &str| {
-            let at = format!("{at}.hints.{key}");
-            let listed = self.object.array_value(&at, entry.pointer(&format!("/hints/{key}")))?;
-            let mut names = Vec::with_capacity(listed.len());
+            let at = |rest: &str| format!(".hints.{key}{rest}");
+            let listed = list(&at(""), hints.get(key))?;
+            let mut names: Vec<Arc<str>> = Vec::with_capacity(listed.len());
             for (i, item) in listed.iter().enumerate() {
-                let field = format!("{at}[{i}].name");
                 let name = item.get("name").unwrap_or(&Value::Null);
-                names.push(self.object.text(&field, name)?);
+                let text =
+                    name.as_str().ok_or_else(|| wrong(&at(&format!("[{i}].name")), name, "a string"))?;
+                names.push(shared(&mut self.names, text));
             }
-            Ok(names.into_iter().map(|name| shared(&mut self.names, name)).collect())
+            Ok::<Box<[Arc<str>]>, Wrong>(names.into())
         };
         let hints = Hints { zones: names("forZones")?, nodes: names("forNodes")? };
         Ok((hints != Hints::default()).then(|| Box::new(hints)))

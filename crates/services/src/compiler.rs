@@ -83,6 +83,11 @@ impl Entry {
         self.compiled.local_ready
     }
 
+    /// What is wrong with the Service and its slices by themselves.
+    pub(crate) fn findings(&self) -> &[Finding] {
+        &self.compiled.findings
+    }
+
     /// The number of a port in one family.
     pub(crate) fn id(&self, key: &UnitKey) -> Option<ServiceId> {
         self.compiled.units.get(key).map(|unit| unit.id)

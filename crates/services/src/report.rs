@@ -166,19 +166,16 @@ impl Compiler {
     /// Everything there is to say about a Service; `None` when nobody has heard of it.
     pub fn explain(&self, namespace: &str, name: &str) -> Option<ServiceReport> {
         let (key, entry) = self.services.get_key_value(&Key::new(namespace, name))?;
-        let of_service = |f: &Finding| f.namespace == namespace && (f.kind == "Service" && f.name == name);
-        let of_slice = |f: &Finding| {
-            f.namespace == namespace
-                && f.kind == "EndpointSlice"
-                && entry.slices.contains_key(f.name.as_str())
-        };
+        let lost = |f: &Finding| f.kind == "Service" && f.namespace == namespace && f.name == name;
+        let mut findings = entry.findings().to_vec();
+        findings.extend(self.claims.all_conflicts().filter(lost));
         let mut report = ServiceReport {
             namespace: Arc::clone(&key.namespace),
             name: Arc::clone(&key.name),
             not_handled: None,
             ports: Vec::new(),
             unused_slices: Vec::new(),
-            findings: self.findings().into_iter().filter(|f| of_service(f) || of_slice(f)).collect(),
+            findings,
         };
         match handled(entry.service.as_ref()) {
             Ok(service) => self.explain_handled(key, entry, service, &mut report),
