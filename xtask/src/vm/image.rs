@@ -17,17 +17,36 @@ use crate::tests::Program;
 pub(super) const PROGRAMS: &str = "tests";
 
 /// Tools that tests and probes call, from this machine, because the shell's own versions are not the real ones.
-const TOOLS: &[&str] = &["ip", "tc", "nft"];
+const TOOLS: &[&str] = &["ip", "tc", "nft", "xtables-legacy-multi", "xtables-nft-multi"];
+
+/// The two programs that are all of iptables, and the names under which they are called.
+const IPTABLES: [&str; 2] = ["legacy", "nft"];
+
+/// Where iptables has what its options mean.
+const EXTENSIONS: &str = "usr/lib/x86_64-linux-gnu/xtables";
+
+/// A tool that is not installed on this machine but unpacked from a package.
+pub(super) struct Unpacked {
+    /// Its path in the package.
+    pub(super) program: &'static str,
+    /// Where the package and those of its libraries are unpacked.
+    pub(super) roots: Vec<PathBuf>,
+}
 
 /// Commands of the one binary that is the machine's shell.
 const APPLETS: &[&str] = &[
     "sh", "cat", "echo", "grep", "hostname", "insmod", "ls", "mkdir", "mount", "poweroff", "ps", "readlink",
-    "sleep", "stty", "timeout", "uname",
+    "sleep", "stty", "sysctl", "timeout", "uname",
 ];
 
 /// What is the same for every kernel: all but the modules and the script. Read once, so that every kernel runs the
 /// same programs even when somebody builds meanwhile. Files on the way to it go to `directory`.
-pub(super) fn common(busybox: &Path, programs: &[Program], directory: &Path) -> Result<Archive> {
+pub(super) fn common(
+    busybox: &Path,
+    unpacked: &[Unpacked],
+    programs: &[Program],
+    directory: &Path,
+) -> Result<Archive> {
     let scratch = directory.join(format!("stripped-{}", std::process::id()));
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "run", "tmp", "var", "etc", "root", "modules"] {
@@ -44,11 +63,18 @@ pub(super) fn common(busybox: &Path, programs: &[Program], directory: &Path) -> 
         let Some(file) = found.into_iter().find(|f| f.is_file()) else {
             bail!("{tool} is not on this machine; run `sudo make setup`");
         };
-        libraries.extend(needed_libraries(&file)?);
+        libraries.extend(needed_libraries(&file, &[])?);
         archive.file(&format!("usr/sbin/{tool}"), 0o755, &read(&file)?)?;
     }
+    iptables(&mut archive)?;
+    for Unpacked { program, roots } in unpacked {
+        let file = roots.iter().map(|r| r.join(program)).find(|f| f.is_file());
+        let file = file.with_context(|| format!("no package that was unpacked holds {program}"))?;
+        libraries.extend(needed_libraries(&file, roots)?);
+        archive.file(program, 0o755, &read(&file)?)?;
+    }
     for program in programs {
-        libraries.extend(needed_libraries(&program.executable)?);
+        libraries.extend(needed_libraries(&program.executable, &[])?);
         archive.file(
             &format!("{PROGRAMS}/{}", file_name(program)),
             0o755,
@@ -56,12 +82,37 @@ pub(super) fn common(busybox: &Path, programs: &[Program], directory: &Path) -> 
         )?;
     }
     for library in libraries {
-        // Under the name by which it is looked for, whatever it links to.
-        let name =
-            library.to_str().context("a library's path is no text")?.trim_start_matches('/').to_owned();
+        // Under the name by which it is looked for, whatever it links to; from where it is, for one of a package.
+        let mut roots = unpacked.iter().flat_map(|u| &u.roots);
+        let inside = roots.find_map(|root| library.strip_prefix(root).ok()).unwrap_or(&library);
+        let name = inside.to_str().context("a library's path is no text")?.trim_start_matches('/').to_owned();
         archive.file(&name, 0o755, &read(&library)?)?;
     }
     Ok(archive)
+}
+
+/// Adds the names of iptables' programs, and what they load.
+fn iptables(archive: &mut Archive) -> Result<()> {
+    for backend in IPTABLES {
+        for family in ["iptables", "ip6tables"] {
+            for command in ["", "-save", "-restore"] {
+                let name = format!("usr/sbin/{family}-{backend}{command}");
+                archive.symlink(&name, &format!("xtables-{backend}-multi"))?;
+            }
+        }
+    }
+    let from = Path::new("/").join(EXTENSIONS);
+    let entries = fs::read_dir(&from)
+        .with_context(|| format!("cannot read {}; run `sudo make setup`", from.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name().into_string().ok().context("an extension's name is no text")?;
+        // Those of arptables and ebtables are not called by anybody here.
+        if ["libxt_", "libipt_", "libip6t_"].iter().any(|kind| name.starts_with(kind)) {
+            archive.file(&format!("{EXTENSIONS}/{name}"), 0o755, &read(&entry.path())?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The archive for a kernel with these modules.
@@ -80,14 +131,17 @@ pub(super) fn file_name(program: &Program) -> String {
     program.label().replace(": ", "-")
 }
 
-/// The interpreter and the libraries that a program is loaded with, asked of the interpreter itself.
-fn needed_libraries(program: &Path) -> Result<Vec<PathBuf>> {
+/// The interpreter and the libraries that a program is loaded with, asked of the interpreter itself. Libraries of
+/// unpacked packages go before those of this machine.
+fn needed_libraries(program: &Path, roots: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let Some(interpreter) =
         interpreter(&read(program)?).with_context(|| format!("{}: not an ELF program", program.display()))?
     else {
         return Ok(Vec::new());
     };
     let output = Command::new(&interpreter)
+        .arg("--library-path")
+        .arg(library_path(roots))
         .arg("--list")
         .arg(program)
         .output()
@@ -99,6 +153,13 @@ fn needed_libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let mut libraries = parse_list(&text).with_context(|| format!("libraries of {}", program.display()))?;
     libraries.push(interpreter);
     Ok(libraries)
+}
+
+/// The directories of libraries in unpacked packages, as the loader takes them.
+fn library_path(roots: &[PathBuf]) -> String {
+    let directories = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+    let all = roots.iter().flat_map(|root| directories.map(|d| root.join(d).display().to_string()));
+    all.collect::<Vec<_>>().join(":")
 }
 
 /// Reads what the loader lists: `name => path (address)`, or `path (address)`.
@@ -167,6 +228,6 @@ mod tests {
         let own = read(Path::new("/proc/self/exe")).unwrap();
         let interpreter = interpreter(&own).unwrap().unwrap();
         assert!(interpreter.is_file(), "{interpreter:?}");
-        assert!(needed_libraries(&std::env::current_exe().unwrap()).unwrap().contains(&interpreter));
+        assert!(needed_libraries(&std::env::current_exe().unwrap(), &[]).unwrap().contains(&interpreter));
     }
 }

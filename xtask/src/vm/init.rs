@@ -8,7 +8,7 @@ use super::{
 use crate::tests::Program;
 
 /// Longest run of one test program, in seconds.
-const PROGRAM_LIMIT: u32 = 240;
+const PROGRAM_LIMIT: u32 = 900;
 
 /// What the report says about a kernel: name, and a command that succeeds where it is there.
 const PROBES: &[(&str, &str)] = &[
@@ -34,7 +34,7 @@ const PROBES: &[(&str, &str)] = &[
 pub(super) fn script(modules: &[&str], programs: &[Program]) -> String {
     let mut script = format!(
         r#"#!/bin/sh
-export PATH=/usr/sbin:/bin HOME=/root RUST_BACKTRACE=0 PROPTEST_FAILURE_PERSISTENCE=off
+export PATH=/usr/sbin:/sbin:/bin HOME=/root RUST_BACKTRACE=0 PROPTEST_FAILURE_PERSISTENCE=off
 # The shell would take its own before those of PATH.
 ip() {{ /usr/sbin/ip "$@"; }}
 tc() {{ /usr/sbin/tc "$@"; }}

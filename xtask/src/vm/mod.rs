@@ -26,11 +26,16 @@ use crate::{
     bpf,
     tests::{self, Program},
 };
+use image::Unpacked;
 use kernel::Kernel;
 use qemu::Outcome;
 
 /// Crates whose tests run in the machine.
 const CRATES: &[&str] = &["podway-bpf-host", "podway-datapath-cases", "podway-link"];
+/// Single test programs of other crates: what needs a kernel with IPVS or SCTP sockets.
+const PROGRAMS: &[(&str, &[&str])] = &[("podway-proxy-rules", &["ipvs", "sctp"])];
+/// Packages of a tool that only the machine needs, and of its libraries: nothing of them is installed.
+const IPVSADM: [&str; 4] = ["ipvsadm", "libnl-3-200", "libnl-genl-3-200", "libpopt0"];
 /// The example that prints what the verifier made of the programs.
 const BUDGET: &str = "budget";
 /// The oldest kernel that Podway runs on.
@@ -57,7 +62,9 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
     let programs = programs(&options.filters)?;
     let busybox = kernel::unpack(&kernel::package_file("busybox-static", &directory)?)?.join("bin/busybox");
 
-    let common = image::common(&busybox, &programs, &directory)?;
+    let roots = IPVSADM.iter().map(|package| kernel::unpack(&kernel::package_file(package, &directory)?));
+    let ipvsadm = Unpacked { program: "sbin/ipvsadm", roots: roots.collect::<Result<_>>()? };
+    let common = image::common(&busybox, &[ipvsadm], &programs, &directory)?;
 
     let mut accelerator = qemu::Accelerator::best();
     let mut columns = Vec::new();
@@ -116,11 +123,21 @@ fn parse(args: &[&str]) -> Result<Options> {
 
 /// Builds the programs; those that are tests, and the example of the budget, where the filters let them.
 fn programs(filters: &[String]) -> Result<Vec<Program>> {
+    let mut programs = Vec::new();
     let mut arguments = Vec::new();
-    for name in CRATES {
+    for name in CRATES.iter().filter(|name| may_match(filters, name, None)) {
         arguments.extend(["--package", name]);
     }
-    let mut programs = tests::programs(&arguments)?;
+    if !arguments.is_empty() {
+        programs = tests::programs(&arguments)?;
+    }
+    for (package, names) in PROGRAMS {
+        let names = names.iter().filter(|name| may_match(filters, package, Some(name)));
+        let arguments: Vec<&str> = names.flat_map(|name| ["--test", name]).collect();
+        if !arguments.is_empty() {
+            programs.extend(tests::programs(&[vec!["--package", package], arguments].concat())?);
+        }
+    }
     programs.retain(|p| {
         let wanted = p.is_test || p.name == BUDGET;
         wanted && (filters.is_empty() || filters.iter().any(|f| p.label().contains(f)))
@@ -129,6 +146,20 @@ fn programs(filters: &[String]) -> Result<Vec<Program>> {
         bail!("no test program matches {}", filters.join(", "));
     }
     Ok(programs)
+}
+
+/// Whether a program of a crate, of this name where it is known, may be one that the filters let pass: only then is
+/// it built. Filters are parts of `directory: name`.
+fn may_match(filters: &[String], package: &str, name: Option<&str>) -> bool {
+    filters.is_empty()
+        || filters.iter().any(|filter| match filter.split_once(": ") {
+            Some((directory, rest)) => {
+                package.ends_with(directory) && name.is_none_or(|name| name.starts_with(rest))
+            }
+            None => {
+                name.is_none_or(|name| name.contains(filter.as_str()) || package.contains(filter.as_str()))
+            }
+        })
 }
 
 fn is_good(outcome: &Outcome, programs: usize) -> bool {
@@ -231,6 +262,17 @@ mod tests_of_options {
         let all = ["--kernel", "6.1", "--test", "link", "--kernel", "6.12", "--kernel", "6.1"];
         assert_eq!(read(&all).ok(), Some(("6.1 6.12".into(), "link".into())));
         assert!(refused(&["--kernel"]).contains("--kernel: its value is missing"));
+        let may = |filter: &str, package, name| may_match(&[filter.to_owned()], package, name);
+        assert!(may_match(&[], "podway-link", None) && may("netlink", "podway-link", None));
+        assert!(may("link: netlink", "podway-link", None) && !may("link: netlink", "podway-bpf-host", None));
+        assert!(
+            may("rules: ip", "podway-proxy-rules", Some("ipvs"))
+                && may("rules", "podway-proxy-rules", Some("ipvs"))
+        );
+        assert!(
+            !may("link", "podway-proxy-rules", Some("ipvs"))
+                && !may("rules: sc", "podway-proxy-rules", Some("ipvs"))
+        );
         assert!(refused(&["link"]).contains("link: unknown") && refused(&["link"]).contains("usage"));
     }
 }

@@ -40,7 +40,7 @@ pub(super) struct Outcome {
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// The same with the processor's own virtualisation, which takes about a second where it works.
 const BOOT_LIMIT_KVM: Duration = Duration::from_secs(8);
-const TOTAL_LIMIT: Duration = Duration::from_secs(600);
+const TOTAL_LIMIT: Duration = Duration::from_secs(1500);
 
 /// Boots a kernel with this first root and listens until the end. Files of the run go to `directory`.
 ///

@@ -99,7 +99,7 @@ pub(crate) struct Real {
     pub(crate) weight: u32,
     /// Whether it is reached by translating the address (IPVS calls it masquerading).
     pub(crate) translated: bool,
-    /// Connections that are open or closing, and persistence templates.
+    /// Connections that are open or closing.
     pub(crate) connections: u32,
 }
 
@@ -123,7 +123,9 @@ impl Ipvs {
         name.put(CTRL_ATTR_FAMILY_NAME, b"IPVS\0");
         let mut family = None;
         ipvs.request(CTRL_CMD_GETFAMILY, NLM_F_ACK, &name.0, |payload| {
-            family = attributes(payload).find(|(kind, _)| *kind == CTRL_ATTR_FAMILY_ID).and_then(|(_, v)| u16_of(v));
+            family = attributes(payload)
+                .find(|(kind, _)| *kind == CTRL_ATTR_FAMILY_ID)
+                .and_then(|(_, v)| u16_of(v));
         })?;
         ipvs.family = family.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         Ok(ipvs)
@@ -142,11 +144,23 @@ impl Ipvs {
         gone(self.change(CMD_DEL_SERVICE, &service(key, None)))
     }
 
-    pub(crate) fn add_real(&mut self, key: &ServerKey, addr: IpAddr, port: u16, weight: u32) -> io::Result<()> {
+    pub(crate) fn add_real(
+        &mut self,
+        key: &ServerKey,
+        addr: IpAddr,
+        port: u16,
+        weight: u32,
+    ) -> io::Result<()> {
         self.change(CMD_NEW_DEST, &dest(key, addr, port, Some(weight)))
     }
 
-    pub(crate) fn set_real(&mut self, key: &ServerKey, addr: IpAddr, port: u16, weight: u32) -> io::Result<()> {
+    pub(crate) fn set_real(
+        &mut self,
+        key: &ServerKey,
+        addr: IpAddr,
+        port: u16,
+        weight: u32,
+    ) -> io::Result<()> {
         self.change(CMD_SET_DEST, &dest(key, addr, port, Some(weight)))
     }
 
@@ -434,7 +448,7 @@ fn real_of(nested: &[u8], v6: bool) -> Option<Real> {
         // The lowest three bits are the method; 0 is translation.
         translated: number(3) & 0x7 == 0,
         weight: number(4),
-        connections: number(7).saturating_add(number(8)).saturating_add(number(9)),
+        connections: number(7).saturating_add(number(8)),
     })
 }
 
@@ -444,8 +458,12 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        let spec =
-            ServerSpec { scheduler: "mh".into(), persistent_s: Some(10_800), fallback: true, hash_port: false };
+        let spec = ServerSpec {
+            scheduler: "mh".into(),
+            persistent_s: Some(10_800),
+            fallback: true,
+            hash_port: false,
+        };
         for key in [
             ServerKey::Address("10.96.0.1".parse().unwrap(), 443, Protocol::Tcp),
             ServerKey::Address("fd00::1".parse().unwrap(), 53, Protocol::Udp),

@@ -190,7 +190,8 @@ impl World {
         });
         for listener in tcp {
             let (name, stop) = (member.to_owned(), Arc::clone(&self.stop));
-            listener.set_nonblocking(true).unwrap();
+            // accept() waits that long, too; hundreds of threads that looked every moment would take the machine.
+            socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(100))).unwrap();
             thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     match listener.accept() {
