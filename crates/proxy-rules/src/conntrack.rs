@@ -9,7 +9,7 @@ use std::{io, net::IpAddr};
 use nix::{errno::Errno, libc};
 use podway_services::{
     ServiceTable, TrackedFlow, is_stale,
-    table::{Family, NodeView, Protocol, ServiceId},
+    table::{Backend, Family, NodeView, Protocol, ServiceId, TableChange},
 };
 
 use crate::netlink::{Messages, NLM_F_DUMP, NLM_F_REQUEST, NfSocket, find, put_attr, put_nested};
@@ -40,6 +40,34 @@ pub fn families_of(table: &ServiceTable, services: impl IntoIterator<Item = Serv
     families.sort_unstable();
     families.dedup();
     families
+}
+
+/// Services of which changes, that are not in the table yet, may make flows stale: a set loses a backend or gets its
+/// first, or there is a frontend where flows may go to already.
+pub fn risky(table: &ServiceTable, changes: &[TableChange]) -> Vec<ServiceId> {
+    let mut services = Vec::new();
+    for change in changes {
+        match change {
+            TableChange::Set(id, set) => {
+                let old = table.set(id.service, id.kind);
+                let new = set.as_deref().unwrap_or_default();
+                let stays = |b: &Backend| {
+                    new.binary_search_by_key(&(b.addr, b.port), |other| (other.addr, other.port)).is_ok()
+                };
+                if old.is_empty() || !old.iter().all(stays) {
+                    services.push(id.service);
+                }
+            }
+            // New, or its routes may lead to another set from now on.
+            TableChange::Frontend(key, frontend)
+                if table.frontends.get(key).is_none_or(|old| old.routes != frontend.routes) =>
+            {
+                services.push(frontend.service);
+            }
+            _ => {}
+        }
+    }
+    services
 }
 
 /// Deletes stale flows (see [`is_stale`]) of these families in the network namespace of the calling thread, and says

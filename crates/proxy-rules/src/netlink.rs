@@ -15,7 +15,6 @@ use nix::{
 };
 
 pub(crate) const NLM_F_REQUEST: u16 = libc::NLM_F_REQUEST as u16;
-pub(crate) const NLM_F_ACK: u16 = libc::NLM_F_ACK as u16;
 pub(crate) const NLM_F_DUMP: u16 = libc::NLM_F_DUMP as u16;
 pub(crate) const NLM_F_CREATE: u16 = libc::NLM_F_CREATE as u16;
 pub(crate) const NLM_F_APPEND: u16 = libc::NLM_F_APPEND as u16;
@@ -63,11 +62,6 @@ impl Messages {
     pub(crate) fn seal(&mut self) {
         let length = u32::try_from(self.bytes.len() - self.start).unwrap_or(u32::MAX);
         self.bytes[self.start..self.start + 4].copy_from_slice(&length.to_ne_bytes());
-    }
-
-    /// Bytes in the message under way.
-    pub(crate) fn message_len(&self) -> usize {
-        self.bytes.len() - self.start
     }
 
     /// An attribute.
@@ -231,19 +225,6 @@ impl NfSocket {
                 // More refusals than the queue holds; those that were read will do.
                 Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(e) => return Err(e),
-            }
-        }
-    }
-
-    /// Sends one message that asks for an acknowledgement, and waits for that.
-    pub(crate) fn request(&mut self, bytes: &[u8], sequence: u32) -> io::Result<Result<(), Failure>> {
-        self.write(bytes)?;
-        loop {
-            let length = self.receive(0)?;
-            for message in messages(&self.buffer[..length]) {
-                if message.sequence == sequence && message.kind == NLMSG_ERROR {
-                    return Ok(message.failure().map_or(Ok(()), Err));
-                }
             }
         }
     }

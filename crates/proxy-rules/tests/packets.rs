@@ -1,5 +1,11 @@
 //! Real packets through what the writers write.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test stops at the first surprise, and says how far it is"
+)]
+
 mod common;
 
 use common::{

@@ -19,7 +19,9 @@ use super::{
 };
 use crate::{
     AUDIT_LINES, AuditReport, Error, Feature, Refused, Report, Result, ServiceCounters, Unsupported, Writer,
-    conntrack, object_name,
+    conntrack,
+    nft::{generation, generation_after},
+    object_name,
 };
 
 const NAME: &str = "iptables";
@@ -31,6 +33,11 @@ pub struct IptablesWriter {
     table: ServiceTable,
     view: NodeView,
     sides: [Side; 2],
+    /// Frontends by service.
+    keys: HashMap<ServiceId, BTreeSet<FrontendKey>>,
+    /// Of the nf_tables kind: the generation of the kernel's rules after our last write, if nobody else wrote since we
+    /// looked.
+    generation: Option<u32>,
     /// Services that the kernel refused; their rules are those of before.
     refused: BTreeSet<ServiceId>,
     synced: bool,
@@ -451,6 +458,8 @@ impl IptablesWriter {
             table: ServiceTable::default(),
             view: NodeView::default(),
             sides: FAMILIES.map(Side::new),
+            keys: HashMap::new(),
+            generation: None,
             refused: BTreeSet::new(),
             synced: false,
         }
@@ -488,7 +497,9 @@ impl IptablesWriter {
                 let t = table as usize;
                 let difference = side.difference(table, &renderer);
                 if !difference.is_empty() {
+                    let before = self.generation.take();
                     restore(self.kind, side.family, &difference.input(table, &[]))?;
+                    self.generation = before.map(|g| generation_after(g, 1));
                     report.written +=
                         difference.changed.values().map(|rules| rules.len().max(1)).sum::<usize>();
                     report.removed += difference.gone.len();
@@ -557,6 +568,11 @@ impl IptablesWriter {
     /// Reads everything of ours back, and writes what is not as it should be. Says what that was.
     fn reread(&mut self, report: &mut Report, mut audit: Option<&mut AuditReport>) -> Result<()> {
         let renderer = Renderer { kind: self.kind, table: &self.table, view: &self.view };
+        self.generation = None;
+        let mut generation = match self.kind {
+            Kind::Nft => generation().ok(),
+            Kind::Legacy => None,
+        };
         for side in &mut self.sides {
             side.grow();
             for table in Table::ALL {
@@ -588,6 +604,7 @@ impl IptablesWriter {
                 }
                 if !difference.is_empty() || !lines.is_empty() {
                     restore(self.kind, side.family, &difference.input(table, &lines))?;
+                    generation = generation.map(|g| generation_after(g, 1));
                     report.written += lines.len()
                         + difference.changed.values().map(|rules| rules.len().max(1)).sum::<usize>();
                     report.removed += difference.gone.len();
@@ -601,16 +618,24 @@ impl IptablesWriter {
                 side.regrown[t] = false;
             }
         }
+        self.generation = generation;
         Ok(())
     }
 
     /// Every service with its frontends.
     fn all_services(&self) -> BTreeMap<ServiceId, BTreeSet<FrontendKey>> {
-        let mut services = BTreeMap::<ServiceId, BTreeSet<FrontendKey>>::new();
-        for (key, frontend) in &self.table.frontends {
-            services.entry(frontend.service).or_default().insert(*key);
+        self.keys.iter().map(|(id, keys)| (*id, keys.clone())).collect()
+    }
+
+    fn forget_key(&mut self, key: &FrontendKey) -> Option<ServiceId> {
+        let service = self.table.frontends.get(key)?.service;
+        if let Some(keys) = self.keys.get_mut(&service) {
+            keys.remove(key);
+            if keys.is_empty() {
+                self.keys.remove(&service);
+            }
         }
-        services
+        Some(service)
     }
 
     fn clean_flows(&self, services: impl IntoIterator<Item = ServiceId>, report: &mut Report) {
@@ -660,6 +685,10 @@ impl Writer for IptablesWriter {
         self.view = view.clone();
         self.sides = FAMILIES.map(Side::new);
         self.refused.clear();
+        self.keys.clear();
+        for (key, frontend) in &full.frontends {
+            self.keys.entry(frontend.service).or_default().insert(*key);
+        }
         let services = self.all_services();
         let before = self.stage(&full.frontends.keys().copied().collect());
         for addr in &full.vips {
@@ -686,6 +715,7 @@ impl Writer for IptablesWriter {
         }
         let start = Instant::now();
         let mut report = Report::default();
+        let risky = conntrack::risky(&self.table, changes);
         let mut services = BTreeMap::<ServiceId, BTreeSet<FrontendKey>>::new();
         for change in changes {
             match change {
@@ -696,11 +726,13 @@ impl Writer for IptablesWriter {
                     services.entry(id.service).or_default();
                 }
                 TableChange::Frontend(key, frontend) => {
+                    self.forget_key(key);
+                    self.keys.entry(frontend.service).or_default().insert(*key);
                     services.entry(frontend.service).or_default().insert(*key);
                 }
                 TableChange::FrontendGone(key) => {
-                    if let Some(frontend) = self.table.frontends.get(key) {
-                        services.entry(frontend.service).or_default().insert(*key);
+                    if let Some(service) = self.forget_key(key) {
+                        services.entry(service).or_default().insert(*key);
                     }
                 }
                 TableChange::Vip(addr) | TableChange::VipGone(addr) => {
@@ -710,14 +742,12 @@ impl Writer for IptablesWriter {
             }
             self.table.apply(change);
         }
-        for (key, frontend) in &self.table.frontends {
-            if let Some(keys) = services.get_mut(&frontend.service) {
-                keys.insert(*key);
-            }
+        for (id, keys) in &mut services {
+            keys.extend(self.keys.get(id).into_iter().flatten());
         }
         self.refused.retain(|id| !services.contains_key(id));
         self.write(&services, &mut report)?;
-        self.clean_flows(services.into_keys(), &mut report);
+        self.clean_flows(risky, &mut report);
         report.took = start.elapsed();
         Ok(report)
     }
@@ -729,6 +759,9 @@ impl Writer for IptablesWriter {
         let start = Instant::now();
         let mut audit = AuditReport::default();
         let mut report = Report::default();
+        if self.refused.is_empty() && self.generation.is_some() && generation().ok() == self.generation {
+            return Ok(audit);
+        }
         self.reread(&mut report, Some(&mut audit))?;
         let refused = std::mem::take(&mut self.refused);
         let again: BTreeMap<_, _> =

@@ -20,6 +20,7 @@ pub(super) const GET_RULE: u16 = SUBSYSTEM | 7;
 pub(super) const DEL_RULE: u16 = SUBSYSTEM | 8;
 pub(super) const NEW_SET: u16 = SUBSYSTEM | 9;
 pub(super) const GET_SET: u16 = SUBSYSTEM | 10;
+pub(super) const DEL_SET: u16 = SUBSYSTEM | 11;
 pub(super) const NEW_ELEMENT: u16 = SUBSYSTEM | 12;
 pub(super) const GET_ELEMENT: u16 = SUBSYSTEM | 13;
 pub(super) const DEL_ELEMENT: u16 = SUBSYSTEM | 14;

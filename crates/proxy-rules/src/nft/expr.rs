@@ -1,7 +1,9 @@
 //! Rules as the kernel has them: expressions that work on registers.
 //!
-//! They are built here and not from nft's text, because nft's language has no way to use the result of one map as part
-//! of the key of the next, and that is what makes a fixed number of rules serve any number of services.
+//! Only what the nft program of Debian 12 can show is used: a rule that it cannot makes `nft list ruleset` end itself, for
+//! everybody on the node. It cannot use what one look-up found as the key of the next.
+
+use std::net::IpAddr;
 
 use nix::libc;
 use podway_services::table::{Family, SetKind};
@@ -27,13 +29,9 @@ impl Register {
     }
 }
 
-/// Where a look-up of a frontend leaves the plan; the service's number follows it.
-const PLAN: Register = Register(8);
-const SERVICE: Register = Register(9);
-/// The random slot; with the number before it, the key of a backend.
-const SLOT: Register = Register(10);
-/// The chosen backend: address, then port.
-const CHOSEN: Register = Register(11);
+const FIRST: Register = Register(0);
+/// A chosen backend: address, then port.
+const CHOSEN: Register = Register(8);
 const VERDICT: u32 = 0;
 
 /// Random ports of the masquerade: without, two nodes' worth of clients behind one address collide.
@@ -56,120 +54,100 @@ impl Rule {
         self.bytes
     }
 
-    /// Finds the frontend of the packet, or ends the rule.
-    pub(super) fn frontend(self, node_port: bool) -> Self {
-        if node_port {
-            self.load_protocol(Register(0)).load_port(Register(1)).lookup(
-                Set::NodePorts,
-                Register(0),
-                Some(PLAN),
-            )
-        } else {
-            let end = self.words();
-            self.load_address(Register(0), false)
-                .load_protocol(Register(end))
-                .load_port(Register(end + 1))
-                .lookup(Set::Frontends, Register(0), Some(PLAN))
-        }
+    /// Goes to the chain of the packet's frontend, if it is for one.
+    pub(super) fn dispatch(self, node_port: bool) -> Self {
+        let set = if node_port { Set::NodePorts } else { Set::Frontends };
+        self.load_frontend(0, node_port).lookup_at(set.name(), FIRST, Some(VERDICT), false)
     }
 
-    /// After [`Self::frontend`]: goes to the chain of its plan.
-    pub(super) fn follow_plan(self, plans: Set) -> Self {
-        let set = plans.name().to_owned();
-        self.expr("lookup", |e| {
-            put_text(e, 1, &set);
-            put_number(e, 2, PLAN.number());
-            put_number(e, 3, VERDICT);
-        })
+    /// Takes one of `count` backends of the packet's frontend at random, or ends the rule.
+    pub(super) fn choose(self, kind: SetKind, node_port: bool, count: u32) -> Self {
+        let set = Set::backends(kind, node_port);
+        self.random(count).load_frontend(1, node_port).lookup_at(
+            set.name(),
+            FIRST,
+            Some(CHOSEN.number()),
+            false,
+        )
     }
 
-    /// After [`Self::frontend`]: takes one of `count` backends at random, or ends the rule.
-    pub(super) fn choose(self, kind: SetKind, count: u32) -> Self {
-        self.expr("numgen", |e| {
-            put_number(e, 1, SLOT.number());
-            put_number(e, 2, count);
-            put_number(e, 3, 1);
-        })
-        .lookup(Set::backends(kind), SERVICE, Some(CHOSEN))
-    }
-
-    /// After [`Self::frontend`]: takes the backend that the client had, if it still serves, or ends the rule.
-    pub(super) fn remembered(self, kind: SetKind) -> Self {
-        let words = self.words();
-        let mut rule = self.load_address(Register(SERVICE.0 - words), true).lookup(
-            Set::Affinity,
-            Register(SERVICE.0 - words),
-            Some(SLOT),
-        );
-        // Number, address and port lie one behind the other: the key of the members.
-        rule = rule.lookup(Set::members(kind), SERVICE, None);
-        rule
-    }
-
-    /// After [`Self::remembered`]: it counts from now.
-    pub(super) fn refresh(self, seconds: u32) -> Self {
-        let key = Register(SERVICE.0 - self.words());
-        self.dynset(1, key, SLOT, Some(seconds))
-    }
-
-    /// After [`Self::choose`]: the client gets this one for so long.
-    pub(super) fn remember(self, seconds: u32) -> Self {
-        let key = Register(SERVICE.0 - self.words());
-        // What is there names a backend that is gone; updating would keep it.
-        self.load_address(key, true).dynset(2, key, CHOSEN, None).dynset(0, key, CHOSEN, Some(seconds))
+    /// One time out of `count`.
+    pub(super) fn one_in(self, count: u32) -> Self {
+        self.random(count).compare(FIRST, 0, &[0; 4])
     }
 
     /// Translates to the chosen backend.
     pub(super) fn translate(self) -> Self {
-        self.translate_to(CHOSEN)
+        self.translate_from(CHOSEN)
     }
 
-    /// Translates to the remembered backend.
-    pub(super) fn translate_remembered(self) -> Self {
-        self.translate_to(SLOT)
+    /// Translates to this backend.
+    pub(super) fn translate_to(self, backend: &(IpAddr, u16)) -> Self {
+        let (addr, port) = backend;
+        let octets = match addr {
+            IpAddr::V4(addr) => addr.octets().to_vec(),
+            IpAddr::V6(addr) => addr.octets().to_vec(),
+        };
+        let behind = Register(FIRST.0 + self.words());
+        self.constant(FIRST, &octets).constant(behind, &port.to_be_bytes()).translate_from(FIRST)
     }
 
-    fn translate_to(self, from: Register) -> Self {
-        let family = self.protocol_family();
-        let port = Register(from.0 + self.words());
-        self.expr("nat", |e| {
-            put_number(e, 1, 1);
-            put_number(e, 2, family);
-            put_number(e, 3, from.number());
-            put_number(e, 5, port.number());
+    /// The client is in a set of those that had a backend lately.
+    pub(super) fn remembered(self, set: &str) -> Self {
+        self.load_address(FIRST, true).lookup_at(set, FIRST, None, false)
+    }
+
+    /// The client is in that set for so long from now.
+    pub(super) fn remember(self, set: &str, seconds: u32) -> Self {
+        self.load_address(FIRST, true).expr("dynset", |e| {
+            put_text(e, 1, set);
+            // Update.
+            put_number(e, 3, 1);
+            put_number(e, 4, FIRST.number());
+            put_attr(e, 6, &(u64::from(seconds) * 1000).to_be_bytes());
         })
+    }
+
+    /// The source is none of those that may send to this frontend.
+    pub(super) fn outside_ranges(self) -> Self {
+        let client = self.words() + 2;
+        self.load_frontend(0, false).load_address(Register(client), true).lookup_at(
+            Set::Ranges.name(),
+            FIRST,
+            None,
+            true,
+        )
+    }
+
+    /// The node itself is the sender.
+    pub(super) fn sent_by_node(self) -> Self {
+        self.expr("fib", |e| {
+            put_number(e, 1, FIRST.number());
+            // The type of the source address.
+            put_number(e, 2, 3);
+            put_number(e, 3, 1);
+        })
+        .compare(FIRST, 0, &u32::from(libc::RTN_LOCAL).to_ne_bytes())
     }
 
     /// The source of the packet is in a set.
     pub(super) fn source_in(self, set: Set) -> Self {
-        self.load_address(Register(0), true).lookup(set, Register(0), None)
+        self.load_address(FIRST, true).lookup_at(set.name(), FIRST, None, false)
     }
 
     /// The destination of the packet is in a set.
     pub(super) fn destination_in(self, set: Set) -> Self {
-        self.load_address(Register(0), false).lookup(set, Register(0), None)
-    }
-
-    /// After [`Self::frontend`] of an address: the source is in none of its ranges.
-    pub(super) fn outside_ranges(self) -> Self {
-        let words = self.words();
-        // Destination, number and source lie one behind the other.
-        let start = Register(SERVICE.0 - words);
-        let name = Set::Ranges.name();
-        self.load_address(start, false).load_address(SLOT, true).expr("lookup", |e| {
-            put_text(e, 1, name);
-            put_number(e, 2, start.number());
-            put_number(e, 5, 1);
-        })
+        self.load_address(FIRST, false).lookup_at(set.name(), FIRST, None, false)
     }
 
     /// Source and destination are the same pod.
     pub(super) fn hairpin(self) -> Self {
         let words = self.words();
-        self.load_address(Register(0), true).load_address(Register(words), false).lookup(
-            Set::Hairpin,
-            Register(0),
+        self.load_address(FIRST, true).load_address(Register(words), false).lookup_at(
+            Set::Hairpin.name(),
+            FIRST,
             None,
+            false,
         )
     }
 
@@ -284,25 +262,52 @@ impl Rule {
         })
     }
 
-    fn lookup(self, set: Set, key: Register, to: Option<Register>) -> Self {
-        self.expr("lookup", |e| {
-            put_text(e, 1, set.name());
-            put_number(e, 2, key.number());
-            if let Some(to) = to {
-                put_number(e, 3, to.number());
-            }
+    /// Protocol and port of the packet, and its destination before them, in registers from the n-th on.
+    fn load_frontend(self, first: u32, node_port: bool) -> Self {
+        if node_port {
+            return self.load_protocol(Register(first)).load_port(Register(first + 1));
+        }
+        let words = self.words();
+        self.load_address(Register(first), false)
+            .load_protocol(Register(first + words))
+            .load_port(Register(first + words + 1))
+    }
+
+    fn random(self, count: u32) -> Self {
+        self.expr("numgen", |e| {
+            put_number(e, 1, FIRST.number());
+            put_number(e, 2, count);
+            put_number(e, 3, 1);
         })
     }
 
-    /// Adds (0), updates (1) or deletes (2) an element of the affinity map.
-    fn dynset(self, operation: u32, key: Register, data: Register, timeout_s: Option<u32>) -> Self {
-        self.expr("dynset", |e| {
-            put_text(e, 1, Set::Affinity.name());
-            put_number(e, 3, operation);
-            put_number(e, 4, key.number());
-            put_number(e, 5, data.number());
-            if let Some(seconds) = timeout_s {
-                put_attr(e, 6, &(u64::from(seconds) * 1000).to_be_bytes());
+    fn constant(self, to: Register, value: &[u8]) -> Self {
+        self.expr("immediate", |e| {
+            put_number(e, 1, to.number());
+            put_nested(e, 2, |d| put_attr(d, DATA_VALUE, value));
+        })
+    }
+
+    fn translate_from(self, from: Register) -> Self {
+        let family = self.protocol_family();
+        let port = Register(from.0 + self.words());
+        self.expr("nat", |e| {
+            put_number(e, 1, 1);
+            put_number(e, 2, family);
+            put_number(e, 3, from.number());
+            put_number(e, 5, port.number());
+        })
+    }
+
+    fn lookup_at(self, set: &str, key: Register, to: Option<u32>, inverted: bool) -> Self {
+        self.expr("lookup", |e| {
+            put_text(e, 1, set);
+            put_number(e, 2, key.number());
+            if let Some(to) = to {
+                put_number(e, 3, to);
+            }
+            if inverted {
+                put_number(e, 5, 1);
             }
         })
     }

@@ -8,13 +8,13 @@ use podway_services::table::{Family, ServiceId};
 use super::{
     abi::{
         BATCH_BEGIN, BATCH_END, BATCH_GENID, CHAIN_HOOK, CHAIN_NAME, CHAIN_POLICY, CHAIN_TABLE, CHAIN_TYPE,
-        DATA_VALUE, DATA_VERDICT, DEL_CHAIN, DEL_ELEMENT, DEL_RULE, DEL_TABLE, ELEMENT_DATA, ELEMENT_FLAGS,
-        ELEMENT_INTERVAL_END, ELEMENT_KEY, ELEMENT_KEY_END, ELEMENTS_LIST, ELEMENTS_SET, ELEMENTS_TABLE,
-        GEN_ID, GET_CHAIN, GET_ELEMENT, GET_GEN, GET_RULE, GET_SET, GET_TABLE, HOOK_NUM, HOOK_PRIORITY,
-        LIST_ELEMENT, NEW_CHAIN, NEW_ELEMENT, NEW_RULE, NEW_SET, NEW_TABLE, RESOURCE, RULE_CHAIN,
-        RULE_EXPRESSIONS, RULE_TABLE, RULE_USERDATA, SET_DATA_LEN, SET_DATA_TYPE, SET_DESC, SET_DESC_CONCAT,
-        SET_DESC_SIZE, SET_FIELD_LEN, SET_FLAGS, SET_ID, SET_KEY_LEN, SET_KEY_TYPE, SET_NAME, SET_TABLE,
-        TABLE_NAME, TABLE_USERDATA, VERDICT_CHAIN, VERDICT_GOTO,
+        DATA_VALUE, DATA_VERDICT, DEL_CHAIN, DEL_ELEMENT, DEL_RULE, DEL_SET, DEL_TABLE, ELEMENT_DATA,
+        ELEMENT_FLAGS, ELEMENT_INTERVAL_END, ELEMENT_KEY, ELEMENT_KEY_END, ELEMENTS_LIST, ELEMENTS_SET,
+        ELEMENTS_TABLE, GEN_ID, GET_CHAIN, GET_ELEMENT, GET_GEN, GET_RULE, GET_SET, GET_TABLE, HOOK_NUM,
+        HOOK_PRIORITY, LIST_ELEMENT, NEW_CHAIN, NEW_ELEMENT, NEW_RULE, NEW_SET, NEW_TABLE, RESOURCE,
+        RULE_CHAIN, RULE_EXPRESSIONS, RULE_TABLE, RULE_USERDATA, SET_DATA_LEN, SET_DATA_TYPE, SET_DESC,
+        SET_DESC_CONCAT, SET_DESC_SIZE, SET_FIELD_LEN, SET_FLAGS, SET_ID, SET_KEY_LEN, SET_KEY_TYPE,
+        SET_NAME, SET_TABLE, TABLE_NAME, TABLE_USERDATA, VERDICT_CHAIN, VERDICT_GOTO,
     },
     expr::put_verdict,
     layout::{COMMENT, Chain, Set, SetDefinition, TABLE},
@@ -53,7 +53,11 @@ pub(super) enum Op {
     RemoveTable(Family),
     Set(Family, SetDefinition),
     Chain(Family, Chain),
+    /// Other rules in a chain that is there.
+    Rules(Family, Chain),
+    /// A chain without rules.
     RemoveChain(Family, String),
+    RemoveSet(Family, String),
     Add(ElementKey, Value),
     Remove(ElementKey),
 }
@@ -125,18 +129,26 @@ impl Kernel {
                         messages.number(CHAIN_POLICY, 1);
                         messages.text(CHAIN_TYPE, hook.kind);
                     }
-                    for (text, expressions) in &chain.rules {
+                    for rule in &chain.rules {
                         next(&mut messages, NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, *family);
-                        messages.text(RULE_TABLE, TABLE);
-                        messages.text(RULE_CHAIN, &chain.name);
-                        messages.nested(RULE_EXPRESSIONS, |e| e.extend_from_slice(expressions));
-                        messages.attr(RULE_USERDATA, &comment(text));
+                        put_rule(&mut messages, &chain.name, rule);
                     }
                 }
-                Op::RemoveChain(family, name) => {
+                Op::Rules(family, chain) => {
                     next(&mut messages, DEL_RULE, 0, *family);
                     messages.text(RULE_TABLE, TABLE);
-                    messages.text(RULE_CHAIN, name);
+                    messages.text(RULE_CHAIN, &chain.name);
+                    for rule in &chain.rules {
+                        next(&mut messages, NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, *family);
+                        put_rule(&mut messages, &chain.name, rule);
+                    }
+                }
+                Op::RemoveSet(family, name) => {
+                    next(&mut messages, DEL_SET, 0, *family);
+                    messages.text(SET_TABLE, TABLE);
+                    messages.text(SET_NAME, name);
+                }
+                Op::RemoveChain(family, name) => {
                     next(&mut messages, DEL_CHAIN, 0, *family);
                     messages.text(CHAIN_TABLE, TABLE);
                     messages.text(CHAIN_NAME, name);
@@ -250,8 +262,7 @@ impl Kernel {
             }
         })?;
         for set in Set::ALL {
-            // The affinity map is the kernel's.
-            if set != Set::Affinity && found.sets.contains_key(set.name()) {
+            if found.sets.contains_key(set.name()) {
                 self.read_set(family, set, &mut found.elements)?;
             }
         }
@@ -309,9 +320,16 @@ pub(super) const fn family_number(family: Family) -> u8 {
     }
 }
 
+fn put_rule(messages: &mut Messages, chain: &str, (text, expressions): &(String, Vec<u8>)) {
+    messages.text(RULE_TABLE, TABLE);
+    messages.text(RULE_CHAIN, chain);
+    messages.nested(RULE_EXPRESSIONS, |e| e.extend_from_slice(expressions));
+    messages.attr(RULE_USERDATA, &comment(text));
+}
+
 fn put_set(messages: &mut Messages, definition: &SetDefinition, id: u32) {
     messages.text(SET_TABLE, TABLE);
-    messages.text(SET_NAME, definition.name);
+    messages.text(SET_NAME, &definition.name);
     messages.number(SET_FLAGS, definition.flags);
     messages.number(SET_KEY_TYPE, definition.key_type);
     messages.number(SET_KEY_LEN, definition.key_len);
@@ -350,7 +368,7 @@ fn put_element(list: &mut Vec<u8>, key: &ElementKey, value: Option<&Value>) {
         }
         match value {
             Some(Value::Bytes(bytes)) => {
-                put_nested(element, ELEMENT_DATA, |d| put_attr(d, DATA_VALUE, bytes))
+                put_nested(element, ELEMENT_DATA, |d| put_attr(d, DATA_VALUE, bytes));
             }
             Some(Value::Chain(chain)) => {
                 put_nested(element, ELEMENT_DATA, |d| put_verdict(d, VERDICT_GOTO, Some(chain)));
@@ -380,7 +398,9 @@ fn describe(op: &Op) -> String {
         Op::ReplaceTable(_) | Op::RemoveTable(_) => format!("table {TABLE}"),
         Op::Set(_, definition) => format!("set {}", definition.name),
         Op::Chain(_, chain) => format!("chain {}", chain.name),
-        Op::RemoveChain(_, name) => format!("chain {name}"),
+        Op::Rules(_, chain) => format!("rules of chain {}", chain.name),
+        Op::RemoveChain(_, name) => format!("removal of chain {name}"),
+        Op::RemoveSet(_, name) => format!("removal of set {name}"),
         Op::Add(key, _) => format!("element of {}", key.set.name()),
         Op::Remove(key) => format!("removal of an element of {}", key.set.name()),
     }

@@ -14,5 +14,20 @@ mod layout;
 mod model;
 mod writer;
 
+use std::io;
+
 pub use layout::TABLE;
 pub use writer::NftWriter;
+
+/// The number that every change of nf_tables rules in the network namespace of the calling thread raises.
+pub(crate) fn generation() -> io::Result<u32> {
+    kernel::Kernel::open()?.generation()
+}
+
+/// The generation after some changes; the kernel leaves out 0.
+pub(crate) const fn generation_after(generation: u32, changes: u32) -> u32 {
+    match generation.checked_add(changes) {
+        Some(next) => next,
+        None => generation.wrapping_add(changes).wrapping_add(1),
+    }
+}

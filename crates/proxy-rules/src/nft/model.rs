@@ -12,9 +12,9 @@ use podway_services::table::{
 
 use super::{
     kernel::{ElementKey, Found, Op, Ops, Value},
-    layout::{Plan, Set},
+    layout::{Action, Chain, Plan, Set, SetDefinition, clients},
 };
-use crate::ServiceTable;
+use crate::{ServiceTable, object_name};
 
 /// Plans that no frontend has any more are kept up to this number: the next change often wants them back, and to
 /// remove a chain is more work for the kernel than to remove elements.
@@ -26,16 +26,15 @@ const KINDS: [SetKind; 2] = [SetKind::Cluster, SetKind::Local];
 /// What the kernel has of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record {
-    pub(super) number: u32,
     family: Family,
     pub(super) frontends: BTreeMap<FrontendKey, Plan>,
     /// By [`SetKind`]: the backend of each slot.
     slots: [Vec<(IpAddr, u16)>; 2],
-    /// Whether clients' backends are remembered.
-    members: bool,
-    ranges: BTreeSet<(IpAddr, IpNet)>,
+    ranges: BTreeSet<(FrontendKey, IpNet)>,
     /// Backends on this node.
     pub(super) locals: Vec<IpAddr>,
+    /// Chains of session affinity, by name.
+    pub(super) chains: BTreeMap<String, Chain>,
 }
 
 impl Record {
@@ -44,28 +43,30 @@ impl Record {
         table: &ServiceTable,
         id: ServiceId,
         keys: &BTreeSet<FrontendKey>,
-        number: u32,
         old_slots: [&[(IpAddr, u16)]; 2],
     ) -> Option<Self> {
-        let family = table.services.get(&id)?.family;
+        let meta = table.services.get(&id)?;
+        let family = meta.family;
+        let hash = fnv(&object_name(meta));
         let set = |kind| table.sets.get(&SetId { service: id, kind }).map_or(&[][..], |s| &**s);
         let count = |kind| u32::try_from(set(kind).len()).unwrap_or(u32::MAX);
         let mut used = [false; 2];
-        let (mut frontends, mut ranges, mut members) = (BTreeMap::new(), BTreeSet::new(), false);
+        let (mut frontends, mut ranges, mut sticky) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         for key in keys {
             let Some(frontend) = table.frontends.get(key).filter(|f| f.service == id) else { continue };
             let node_port = matches!(key.addr, FrontendAddr::Node(_));
-            frontends.insert(*key, Plan::of(key.addr.family(), node_port, frontend, count));
+            let plan = Plan::of(key.addr.family(), node_port, frontend, hash, count);
+            sticky.extend(plan.actions.into_iter().filter(|a| matches!(a, Action::Stick { .. })));
+            frontends.insert(*key, plan);
             for route in &frontend.routes {
                 if let Target::Set(kind) = route.target {
                     used[kind as usize] = true;
                 }
             }
-            members |= frontend.affinity_s.is_some();
-            if let (FrontendAddr::Ip(addr), Some(nets)) = (key.addr, &frontend.source_ranges) {
-                let mine = nets.iter().filter(|n| n.addr().is_ipv4() == addr.is_ipv4());
+            if let Some(nets) = &frontend.source_ranges {
+                let mine = nets.iter().filter(|n| Family::of(&n.addr()) == key.addr.family());
                 let mine: Vec<IpNet> = mine.map(IpNet::trunc).collect();
-                ranges.extend(IpNet::aggregate(&mine).into_iter().map(|net| (addr, net)));
+                ranges.extend(IpNet::aggregate(&mine).into_iter().map(|net| (*key, net)));
             }
         }
         if frontends.is_empty() {
@@ -81,7 +82,28 @@ impl Record {
             .collect();
         locals.sort_unstable();
         locals.dedup();
-        Some(Self { number, family, frontends, slots, members, ranges, locals })
+        let mut chains = BTreeMap::new();
+        for action in sticky {
+            if let Action::Stick { service, kind, seconds, .. } = action {
+                // Whatever the slots, the same order of rules.
+                let mut backends = slots[kind as usize].clone();
+                backends.sort_unstable();
+                let own = backends.iter().map(|b| Chain::sticky_backend(service, b, seconds));
+                chains.extend(own.map(|c| (c.name.clone(), c)));
+                chains.extend(action.sticky_chain(&backends, family).map(|c| (c.name.clone(), c)));
+            }
+        }
+        Some(Self { family, frontends, slots, ranges, locals, chains })
+    }
+
+    /// What its chains need before them: the sets of clients.
+    pub(super) fn sets(&self) -> impl Iterator<Item = (String, SetDefinition)> {
+        let of_backends = self.chains.keys().filter(|name| Chain::rank(name) == 0);
+        of_backends.map(|name| (name.clone(), clients(name, self.family)))
+    }
+
+    pub(super) const fn family(&self) -> Family {
+        self.family
     }
 
     pub(super) fn slots(&self) -> [&[(IpAddr, u16)]; 2] {
@@ -89,36 +111,34 @@ impl Record {
     }
 
     /// Its elements.
-    pub(super) fn elements(&self, plans: &Plans) -> BTreeMap<ElementKey, Value> {
+    pub(super) fn elements(&self) -> BTreeMap<ElementKey, Value> {
         let mut elements = BTreeMap::new();
         let mut put = |set, key, end, value| {
             elements.insert(ElementKey { family: self.family, set, key, end }, value);
         };
         for (key, plan) in &self.frontends {
             let (set, bytes) = frontend_key(key);
-            let mut value = plans.number(plan).to_ne_bytes().to_vec();
-            value.extend_from_slice(&self.number.to_ne_bytes());
-            put(set, bytes, None, Value::Bytes(value));
-        }
-        for kind in KINDS {
-            for (slot, backend) in self.slots[kind as usize].iter().enumerate() {
-                let slot = u32::try_from(slot).unwrap_or(u32::MAX);
-                let mut key = self.number.to_ne_bytes().to_vec();
-                key.extend_from_slice(&slot.to_ne_bytes());
-                put(Set::backends(kind), key, None, Value::Bytes(backend_bytes(backend)));
-                if self.members {
-                    let mut key = self.number.to_ne_bytes().to_vec();
-                    key.extend_from_slice(&backend_bytes(backend));
-                    put(Set::members(kind), key, None, Value::None);
+            let mut chooses = [false; 2];
+            for action in plan.actions {
+                if let Action::Choose { kind, .. } = action {
+                    chooses[kind as usize] = true;
                 }
             }
+            for kind in KINDS.into_iter().filter(|k| chooses[*k as usize]) {
+                let set = Set::backends(kind, set == Set::NodePorts);
+                for (slot, backend) in self.slots[kind as usize].iter().enumerate() {
+                    let mut key = u32::try_from(slot).unwrap_or(u32::MAX).to_ne_bytes().to_vec();
+                    key.extend_from_slice(&bytes);
+                    put(set, key, None, Value::Bytes(backend_bytes(backend)));
+                }
+            }
+            put(set, bytes, None, Value::Chain(plan.entry()));
         }
-        for (addr, net) in &self.ranges {
+        for (key, net) in &self.ranges {
             let around = |client: IpAddr| {
-                let mut key = address_bytes(addr);
-                key.extend_from_slice(&self.number.to_ne_bytes());
-                key.extend_from_slice(&address_bytes(&client));
-                key
+                let mut bytes = frontend_key(key).1;
+                bytes.extend_from_slice(&address_bytes(&client));
+                bytes
             };
             put(Set::Ranges, around(net.network()), Some(around(net.broadcast())), Value::None);
         }
@@ -140,108 +160,66 @@ fn arrange(old: &[(IpAddr, u16)], want: &[Backend]) -> Vec<(IpAddr, u16)> {
     slots.into_iter().filter_map(|slot| slot.or_else(|| rest.next())).collect()
 }
 
-/// The plans in use, each with its number.
+/// The plans in use.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plans {
-    known: HashMap<Plan, (u32, usize)>,
+    known: HashMap<Plan, (usize, Option<ServiceId>)>,
     chains: HashMap<(Family, String), usize>,
-    free: Vec<u32>,
-    next: u32,
 }
 
 impl Plans {
-    pub(super) fn number(&self, plan: &Plan) -> u32 {
-        self.known.get(plan).map_or(u32::MAX, |(number, _)| *number)
-    }
-
-    /// One more frontend has this plan. What has to be written before, when it is a new one, goes to `ops`.
-    pub(super) fn acquire(&mut self, plan: &Plan, ops: &mut Ops) {
-        if let Some((_, users)) = self.known.get_mut(plan) {
+    /// One more frontend, of this service, has this plan. Chains that have to be written before go to `ops`.
+    pub(super) fn acquire(&mut self, plan: &Plan, service: ServiceId, ops: &mut Ops) {
+        // An idle plan has its chains still.
+        if let Some((users, _)) = self.known.get_mut(plan) {
             *users += 1;
             return;
         }
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.next += 1;
-            self.next
-        });
-        self.insert(*plan, number, 1);
+        let owner = plan.is_sticky().then_some(service);
+        self.known.insert(*plan, (1, owner));
         for chain in plan.chains() {
             let users = self.chains.entry((plan.family, chain.name.clone())).or_default();
             *users += 1;
             if *users == 1 {
-                ops.push((None, Op::Chain(plan.family, chain)));
+                ops.push((owner, Op::Chain(plan.family, chain)));
             }
         }
-        ops.extend(plan_elements(plan, number).map(|(key, value)| (None, Op::Add(key, value))));
-    }
-
-    /// A plan that the kernel has under a number, with its chains.
-    pub(super) fn adopt(&mut self, plan: &Plan, number: u32) {
-        self.insert(*plan, number, 0);
-        for chain in plan.chains() {
-            *self.chains.entry((plan.family, chain.name)).or_default() += 1;
-        }
-    }
-
-    /// Numbers that must not be given out.
-    pub(super) fn reserve(&mut self, highest: u32) {
-        self.next = self.next.max(highest);
-    }
-
-    fn insert(&mut self, plan: Plan, number: u32, users: usize) {
-        self.next = self.next.max(number);
-        self.known.insert(plan, (number, users));
     }
 
     /// One frontend fewer.
     pub(super) fn release(&mut self, plan: &Plan) {
-        if let Some((_, users)) = self.known.get_mut(plan) {
+        if let Some((users, _)) = self.known.get_mut(plan) {
             *users = users.saturating_sub(1);
         }
     }
 
-    /// Gives up plans that nothing uses, when they are many. Returns what to write.
-    pub(super) fn sweep(&mut self) -> Ops {
-        let idle: Vec<(Plan, u32)> =
-            self.known.iter().filter(|(_, (_, users))| *users == 0).map(|(p, (n, _))| (*p, *n)).collect();
-        let mut ops = Ops::new();
-        if idle.len() <= IDLE_PLANS {
-            return ops;
-        }
-        let mut chains = Vec::new();
-        for (plan, number) in idle {
+    /// Gives up plans that nothing uses, when they are many; those with chains of single services always. Returns the
+    /// chains that go.
+    pub(super) fn sweep(&mut self) -> Vec<(Family, String)> {
+        let idle: Vec<Plan> =
+            self.known.iter().filter(|(_, (users, _))| *users == 0).map(|(p, _)| *p).collect();
+        let many = idle.len() > IDLE_PLANS;
+        let mut gone = Vec::new();
+        for plan in idle.into_iter().filter(|plan| many || plan.is_sticky()) {
             self.known.remove(&plan);
-            self.free.push(number);
-            ops.extend(plan_elements(&plan, number).map(|(key, _)| (None, Op::Remove(key))));
-            // Entries name actions: they go first.
-            for chain in plan.chains().into_iter().rev() {
+            for chain in plan.chains() {
                 let key = (plan.family, chain.name);
                 if let Some(users) = self.chains.get_mut(&key) {
                     *users -= 1;
                     if *users == 0 {
                         self.chains.remove(&key);
-                        chains.push(key);
+                        gone.push(key);
                     }
                 }
             }
         }
-        chains.sort_by_key(|(_, name)| name.contains("choose-"));
-        ops.extend(chains.into_iter().map(|(family, name)| (None, Op::RemoveChain(family, name))));
-        ops
+        gone
     }
 
-    pub(super) fn all(&self) -> impl Iterator<Item = (&Plan, u32)> {
-        self.known.iter().map(|(plan, (number, _))| (plan, *number))
+    /// Every plan, with the service whose chains it names.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&Plan, Option<ServiceId>)> {
+        self.known.iter().map(|(plan, (_, owner))| (plan, *owner))
     }
-}
-
-/// The elements that lead from a plan's number to its chains.
-pub(super) fn plan_elements(plan: &Plan, number: u32) -> impl Iterator<Item = (ElementKey, Value)> {
-    let (arriving, sent) = plan.entries();
-    let family = plan.family;
-    [(Set::Plans, arriving), (Set::OutputPlans, sent)].into_iter().map(move |(set, chain)| {
-        (ElementKey { family, set, key: number.to_ne_bytes().to_vec(), end: None }, Value::Chain(chain))
-    })
 }
 
 /// The elements that come from the node and not from services.
@@ -254,7 +232,10 @@ pub(super) fn node_elements(view: &NodeView) -> BTreeMap<ElementKey, Value> {
         for net in IpNet::aggregate(&nets.iter().map(IpNet::trunc).collect::<Vec<_>>()) {
             let family = Family::of(&net.addr());
             let element = |addr: IpAddr, end| ElementKey { family, set, key: address_bytes(&addr), end };
-            elements.insert(element(net.network(), None), Value::None);
+            // Of two ranges with nothing in between the kernel refuses the second: they are one. The prefixes are sorted.
+            if elements.remove(&element(net.network(), Some(Vec::new()))).is_none() {
+                elements.insert(element(net.network(), None), Value::None);
+            }
             if let Some(after) = next_address(net.broadcast()) {
                 elements.insert(element(after, Some(Vec::new())), Value::None);
             }
@@ -287,31 +268,38 @@ pub(super) fn frontend_key(key: &FrontendKey) -> (Set, Vec<u8>) {
     (set, bytes)
 }
 
-/// The backends that the kernel has in slots, by family, kind and number of the service.
-pub(super) type FoundSlots = HashMap<(SetKind, u32), Vec<(IpAddr, u16)>>;
+/// The backends that the kernel has in the slots of a frontend (its element's key), by set.
+pub(super) type FoundSlots = HashMap<(Set, Vec<u8>), Vec<(IpAddr, u16)>>;
+
+type Slots = BTreeMap<u32, (IpAddr, u16)>;
 
 /// Reads the slots; those behind a hole are left out.
 pub(super) fn found_slots(found: &Found) -> FoundSlots {
-    let mut by_slot: HashMap<(SetKind, u32), BTreeMap<u32, (IpAddr, u16)>> = HashMap::new();
+    let mut by_slot: HashMap<(Set, Vec<u8>), Slots> = HashMap::new();
     for (key, value) in &found.elements {
-        let kind = match key.set {
-            Set::Cluster => SetKind::Cluster,
-            Set::Local => SetKind::Local,
-            _ => continue,
-        };
-        if let (Some((number, rest)), Value::Bytes(value)) = (key.key.split_first_chunk::<4>(), value)
-            && let (Some(slot), Some(backend)) = (rest.first_chunk::<4>(), backend_from(key.family, value))
+        if matches!(key.set, Set::Cluster | Set::Local | Set::NodePortCluster | Set::NodePortLocal)
+            && let (Some((slot, frontend)), Value::Bytes(value)) = (key.key.split_first_chunk::<4>(), value)
+            && let Some(backend) = backend_from(key.family, value)
         {
-            by_slot
-                .entry((kind, u32::from_ne_bytes(*number)))
-                .or_default()
-                .insert(u32::from_ne_bytes(*slot), backend);
+            let slots = by_slot.entry((key.set, frontend.to_vec())).or_default();
+            slots.insert(u32::from_ne_bytes(*slot), backend);
         }
     }
-    let whole = |slots: BTreeMap<u32, (IpAddr, u16)>| {
+    let whole = |slots: Slots| {
         slots.into_iter().enumerate().map_while(|(i, (slot, b))| (slot as usize == i).then_some(b)).collect()
     };
     by_slot.into_iter().map(|(key, slots)| (key, whole(slots))).collect()
+}
+
+/// The slots that the kernel has for a service with these frontends, by [`SetKind`].
+pub(super) fn slots_of(found: &FoundSlots, keys: &BTreeSet<FrontendKey>) -> [Vec<(IpAddr, u16)>; 2] {
+    KINDS.map(|kind| {
+        let mut all = keys.iter().filter_map(|key| {
+            let (set, bytes) = frontend_key(key);
+            found.get(&(Set::backends(kind, set == Set::NodePorts), bytes)).cloned()
+        });
+        all.next().unwrap_or_default()
+    })
 }
 
 fn backend_from(family: Family, bytes: &[u8]) -> Option<(IpAddr, u16)> {
@@ -350,8 +338,6 @@ pub(super) fn describe(key: &ElementKey) -> String {
         Family::V4 => bytes.first_chunk::<4>().map(|a| IpAddr::from(*a)),
         Family::V6 => bytes.first_chunk::<16>().map(|a| IpAddr::from(*a)),
     };
-    let number =
-        |at: usize| key.key.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_ne_bytes(*b));
     let what = match key.set {
         Set::Frontends | Set::NodePorts => {
             let protocol_at = key.key.len().saturating_sub(8);
@@ -368,16 +354,23 @@ pub(super) fn describe(key: &ElementKey) -> String {
                 None => format!("port {port}/{protocol}"),
             }
         }
-        Set::Cluster | Set::Local => format!("slot {} of number {}", number(4), number(0)),
-        Set::ClusterMembers | Set::LocalMembers => format!("member of number {}", number(0)),
-        Set::Plans | Set::OutputPlans => format!("plan {}", number(0)),
-        Set::Ranges | Set::Affinity | Set::Hairpin => {
-            address(&key.key).map_or_else(String::new, |a| a.to_string())
+        Set::Cluster | Set::Local | Set::NodePortCluster | Set::NodePortLocal => {
+            let slot = key.key.first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
+            let addr = address(key.key.get(4..).unwrap_or_default());
+            let of = addr.filter(|_| matches!(key.set, Set::Cluster | Set::Local));
+            of.map_or_else(|| format!("slot {slot}"), |addr| format!("slot {slot} of {addr}"))
         }
+        Set::Ranges | Set::Hairpin => address(&key.key).map_or_else(String::new, |a| a.to_string()),
         Set::Vips | Set::ServiceRanges | Set::Pods | Set::NodeAddresses => {
             let end = if key.end.is_some() { "end before " } else { "" };
             address(&key.key).map_or_else(String::new, |a| format!("{end}{a}"))
         }
     };
     format!("{family} {}: {what}", key.set.name())
+}
+
+/// FNV-1a: services with session affinity are told apart by it, the same on every start.
+fn fnv(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -11,10 +11,10 @@ use podway_services::table::{Family, FrontendKey, NodeView, ServiceId, TableChan
 
 use super::{
     kernel::{ElementKey, Found, Kernel, Op, Ops, Rejected, Value},
-    layout::{COMMENT, Chain, Set, TABLE, fixed_chains},
+    layout::{COMMENT, Chain, Set, SetDefinition, TABLE, fixed_chains},
     model::{
-        FAMILIES, FoundSlots, Plans, Record, address_element, describe, found_slots, frontend_key,
-        hairpin_element, node_elements, plan_elements,
+        FAMILIES, FoundSlots, Plans, Record, address_element, describe, found_slots, hairpin_element,
+        node_elements, slots_of,
     },
 };
 use crate::{
@@ -41,27 +41,11 @@ pub struct NftWriter {
     plans: Plans,
     /// How many records have a backend on this node at an address.
     locals: HashMap<IpAddr, usize>,
-    numbers: Numbers,
     /// Services of which the kernel may have anything.
     refused: BTreeSet<ServiceId>,
     /// The generation of the kernel's rules after our last write, if nobody else wrote since we looked.
     generation: Option<u32>,
     synced: bool,
-}
-
-#[derive(Default)]
-struct Numbers {
-    next: u32,
-    free: Vec<u32>,
-}
-
-impl Numbers {
-    fn take(&mut self) -> u32 {
-        self.free.pop().unwrap_or_else(|| {
-            self.next += 1;
-            self.next
-        })
-    }
 }
 
 /// What reading back found to be different.
@@ -88,7 +72,6 @@ impl NftWriter {
             records: HashMap::new(),
             plans: Plans::default(),
             locals: HashMap::new(),
-            numbers: Numbers::default(),
             refused: BTreeSet::new(),
             generation: None,
             synced: false,
@@ -140,16 +123,9 @@ impl NftWriter {
     }
 
     /// The record that a service needs.
-    fn wanted(&mut self, id: ServiceId) -> Option<Record> {
-        let keys = self.keys.get(&id)?;
-        let old = self.records.get(&id);
-        let number = old.map(|r| r.number);
-        let slots = old.map_or([&[][..]; 2], Record::slots);
-        let mut record = Record::of(&self.table, id, keys, number.unwrap_or(0), slots)?;
-        if number.is_none() {
-            record.number = self.numbers.take();
-        }
-        Some(record)
+    fn wanted(&self, id: ServiceId) -> Option<Record> {
+        let slots = self.records.get(&id).map_or([&[][..]; 2], Record::slots);
+        Record::of(&self.table, id, self.keys.get(&id)?, slots)
     }
 
     /// Writes what changed for some services and addresses.
@@ -161,6 +137,8 @@ impl NftWriter {
     ) -> Result<()> {
         let (mut structure, mut removals, mut additions) = (Ops::new(), Ops::new(), Ops::new());
         let mut staged = Vec::new();
+        // What nothing names any more once the rest is written.
+        let (mut idle_chains, mut idle_sets) = (Vec::new(), Vec::new());
         for &id in services {
             let new = self.wanted(id);
             let old = self.records.get(&id);
@@ -168,12 +146,33 @@ impl NftWriter {
                 continue;
             }
             if let Some(new) = &new {
+                let family = new.family();
+                let known = |name: &String| old.and_then(|r| r.chains.get(name));
+                for (name, set) in new.sets().filter(|(name, _)| known(name).is_none()) {
+                    tracing::trace!(name, "a set of clients");
+                    structure.push((Some(id), Op::Set(family, set)));
+                }
+                for chain in new.chains.values() {
+                    match known(&chain.name) {
+                        None => structure.push((Some(id), Op::Chain(family, chain.clone()))),
+                        Some(old) if old != chain => {
+                            structure.push((Some(id), Op::Rules(family, chain.clone())));
+                        }
+                        Some(_) => {}
+                    }
+                }
                 for plan in new.frontends.values() {
-                    self.plans.acquire(plan, &mut structure);
+                    self.plans.acquire(plan, id, &mut structure);
                 }
             }
-            let had = old.map(|r| r.elements(&self.plans)).unwrap_or_default();
-            let has = new.as_ref().map(|r| r.elements(&self.plans)).unwrap_or_default();
+            if let Some(old) = old {
+                let kept = |name: &String| new.as_ref().is_some_and(|r| r.chains.contains_key(name));
+                let family = old.family();
+                idle_chains.extend(old.chains.keys().filter(|n| !kept(n)).map(|n| (family, n.clone())));
+                idle_sets.extend(old.sets().filter(|(n, _)| !kept(n)).map(|(n, _)| (family, n)));
+            }
+            let had = old.map(Record::elements).unwrap_or_default();
+            let has = new.as_ref().map(Record::elements).unwrap_or_default();
             for (key, value) in &had {
                 if has.get(key) != Some(value) {
                     removals.push((Some(id), Op::Remove(key.clone())));
@@ -186,6 +185,7 @@ impl NftWriter {
             }
             staged.push((id, new));
         }
+        structure.sort_by_key(|(_, op)| structure_order(op));
         let mut hairpins: BTreeMap<IpAddr, isize> = BTreeMap::new();
         for (id, new) in &staged {
             for addr in self.records.get(id).iter().flat_map(|r| &r.locals) {
@@ -243,26 +243,29 @@ impl NftWriter {
         for (id, new) in staged {
             let old = match new {
                 Some(new) => self.records.insert(id, new),
-                None => self.records.remove(&id).inspect(|old| self.numbers.free.push(old.number)),
+                None => self.records.remove(&id),
             };
             for plan in old.iter().flat_map(|r| r.frontends.values()) {
                 self.plans.release(plan);
             }
         }
-        let ops = self.plans.sweep();
+        idle_chains.extend(self.plans.sweep());
+        let ops = removal_of(idle_chains, idle_sets);
         if !ops.is_empty() {
-            report.removed += ops.len();
-            let outcome = self.kernel()?.commit(&ops, None).map_err(io_error("writing"))?;
-            self.generation = None;
+            report.removed += ops.iter().filter(|(_, op)| is_removal(op)).count();
+            let generation = self.generation.take();
+            let outcome = self.kernel()?.commit(&ops, generation).map_err(io_error("writing"))?;
             if outcome.is_err() {
                 return self.compare(report).map(|_| ());
             }
+            self.generation = generation.map(next_generation);
         }
         Ok(())
     }
 
     /// Reads everything back, and writes what is different from what the table wants.
     fn compare(&mut self, report: &mut Report) -> Result<Difference> {
+        let mut replace = false;
         for _ in 0..RACES {
             let kernel = self.kernel()?;
             let generation = kernel.generation().map_err(io_error("reading"))?;
@@ -270,8 +273,15 @@ impl NftWriter {
             for family in FAMILIES {
                 found.push((family, kernel.read(family).map_err(io_error("reading"))?));
             }
-            if let Some(difference) = self.compare_with(generation, found, report)? {
-                return Ok(difference);
+            if replace {
+                found.iter_mut().for_each(|(_, found)| *found = None);
+            }
+            match self.compare_with(generation, found, report) {
+                Ok(Some(difference)) => return Ok(difference),
+                Ok(None) => {}
+                // What somebody did to the table is more than can be mended.
+                Err(Error::Refused { .. }) if !replace => replace = true,
+                Err(error) => return Err(error),
             }
         }
         Err(Error::Refused {
@@ -288,75 +298,49 @@ impl NftWriter {
         report: &mut Report,
     ) -> Result<Option<Difference>> {
         let mut difference = Difference::default();
-        self.adopt(&found);
-        // Records as the table wants them; plans that the kernel lacks come along.
-        let mut new_plans = Ops::new();
-        let ids: BTreeSet<ServiceId> = self.keys.keys().copied().collect();
-        let mut records = HashMap::new();
-        for &id in &ids {
-            if let Some(record) = self.wanted(id) {
-                for plan in record.frontends.values() {
-                    self.plans.acquire(plan, &mut new_plans);
-                }
-                records.insert(id, record);
-            }
-        }
-        self.locals = HashMap::new();
-        for addr in records.values().flat_map(|r| &r.locals) {
-            *self.locals.entry(*addr).or_default() += 1;
-        }
-        self.records = records;
+        self.rebuild(&found);
         let mut wanted = self.wanted_elements();
-
         let mut ops = Ops::new();
         let mut had: HashMap<ElementKey, Value> = HashMap::new();
-        let mut stray_chains = Ops::new();
+        let (mut stray_chains, mut stray_sets) = (Vec::new(), Vec::new());
         for (family, found) in found {
-            let chains = self.wanted_chains(family);
-            let whole = found.filter(|f| {
-                let lines = structure_differences(f, family, &chains);
-                let fits = lines.is_empty();
-                difference.missing.extend(lines);
-                fits
-            });
-            match whole {
-                Some(found) => {
-                    let mut stray: Vec<String> =
-                        found.chains.keys().filter(|name| !chains.contains_key(*name)).cloned().collect();
-                    stray.sort_by_key(|name| (name.contains("choose-"), name.clone()));
-                    difference.foreign.extend(stray.iter().map(|name| format!("chain {name}")));
-                    stray_chains.extend(stray.into_iter().map(|name| (None, Op::RemoveChain(family, name))));
-                    let present: BTreeSet<&String> = found.chains.keys().collect();
-                    for (name, chain) in &chains {
-                        if !present.contains(name) {
-                            ops.push((None, Op::Chain(family, chain.clone())));
-                        }
-                    }
-                    had.extend(found.elements);
-                }
+            let (chains, sets) = (self.wanted_chains(family), self.wanted_sets(family));
+            let mut before = Found::default();
+            match found.filter(|found| self.fits(found, family, &mut difference)) {
+                Some(found) => before = found,
                 None => {
                     difference.missing.push(format!("table {} {TABLE}", family_name(family)));
                     ops.push((None, Op::ReplaceTable(family)));
-                    for set in Set::ALL {
-                        ops.push((None, Op::Set(family, set.definition(family))));
-                    }
-                    for chain in fixed_chains(family) {
-                        ops.push((None, Op::Chain(family, chain)));
-                    }
-                    let names: Vec<String> = fixed_chains(family).into_iter().map(|c| c.name).collect();
-                    // Actions first: the entries name them.
-                    let mut rest: Vec<&Chain> =
-                        chains.values().filter(|c| !names.contains(&c.name)).collect();
-                    rest.sort_by_key(|c| (!c.name.contains("choose-"), c.name.clone()));
-                    ops.extend(rest.into_iter().map(|c| (None, Op::Chain(family, c.clone()))));
                 }
             }
+            for (name, (owner, set)) in sets.iter().filter(|(name, _)| !before.sets.contains_key(*name)) {
+                tracing::trace!(name, "a set to be made");
+                ops.push((*owner, Op::Set(family, set.clone())));
+            }
+            for (name, (owner, chain)) in &chains {
+                let line = || format!("rules of chain {} {name}", family_name(family));
+                match before.chains.get(name) {
+                    None => {
+                        difference.missing.push(line());
+                        ops.push((*owner, Op::Chain(family, chain.clone())));
+                    }
+                    Some((_, rules)) if !rules.iter().eq(chain.rules.iter().map(|(comment, _)| comment)) => {
+                        difference.missing.push(line());
+                        ops.push((*owner, Op::Rules(family, chain.clone())));
+                    }
+                    Some(_) => {}
+                }
+            }
+            let stray = |name: &&String| !chains.contains_key(*name);
+            stray_chains.extend(before.chains.keys().filter(stray).map(|name| (family, name.clone())));
+            let stray = |name: &&String| !sets.contains_key(*name);
+            stray_sets.extend(before.sets.keys().filter(stray).map(|name| (family, name.clone())));
+            had.extend(before.elements);
         }
-        // Chains that are to be added: actions before the entries that name them.
-        ops.sort_by_key(|(_, op)| match op {
-            Op::Chain(_, chain) if chain.name.contains("from-") => 1,
-            _ => 0,
-        });
+        difference.foreign.extend(stray_chains.iter().map(|(_, name)| format!("chain {name}")));
+        difference.foreign.extend(stray_sets.iter().map(|(_, name)| format!("set {name}")));
+        ops.sort_by_key(|(_, op)| structure_order(op));
+        let mut strays = removal_of(stray_chains, stray_sets);
         let mut removals = Ops::new();
         for (key, value) in &had {
             match wanted.get(key) {
@@ -379,7 +363,7 @@ impl NftWriter {
         }));
         ops.append(&mut removals);
         ops.append(&mut additions);
-        ops.append(&mut stray_chains);
+        ops.append(&mut strays);
         self.refused.clear();
         if ops.is_empty() {
             self.generation = Some(generation);
@@ -411,8 +395,11 @@ impl NftWriter {
                         let (_, what, failure) = &steps[0];
                         return Err(refusal(what, &failure.describe()));
                     }
-                    // Its old elements stay as well as its new ones are left out.
-                    ops.retain(|(owner, _)| owner.is_none_or(|id| !guilty.contains(&id)));
+                    // Its old elements stay as well as its new ones are left out; and so does whatever they may name.
+                    ops.retain(|(owner, op)| match owner {
+                        Some(id) => !guilty.contains(id),
+                        None => !matches!(op, Op::RemoveChain(..) | Op::RemoveSet(..)),
+                    });
                     self.refused.extend(guilty);
                 }
             }
@@ -420,101 +407,89 @@ impl NftWriter {
         Err(refusal("services", "too many of them were refused one after the other"))
     }
 
-    /// Takes over numbers, slots and plans that the kernel has, so that little has to be written.
-    fn adopt(&mut self, found: &[(Family, Option<Found>)]) {
-        self.records.clear();
-        self.plans = Plans::default();
-        let mut numbers: HashMap<ElementKey, u32> = HashMap::new();
-        let mut entries: HashMap<(Family, String, String), u32> = HashMap::new();
+    /// Records as the table wants them, with the slots that the kernel has, so that little has to be written.
+    fn rebuild(&mut self, found: &[(Family, Option<Found>)]) {
         let mut slots = FoundSlots::new();
-        let mut highest = 0;
-        for (family, found) in found.iter().filter_map(|(f, found)| found.as_ref().map(|x| (*f, x))) {
+        for found in found.iter().filter_map(|(_, found)| found.as_ref()) {
             slots.extend(found_slots(found));
-            let mut arriving: HashMap<u32, &str> = HashMap::new();
-            let mut sent: HashMap<u32, &str> = HashMap::new();
-            for (key, value) in &found.elements {
-                match (key.set, value) {
-                    (Set::Frontends | Set::NodePorts, Value::Bytes(value)) => {
-                        if let Some(number) = value.get(4..).and_then(|b| b.first_chunk()) {
-                            let number = u32::from_ne_bytes(*number);
-                            highest = highest.max(number);
-                            numbers.insert(key.clone(), number);
-                        }
-                    }
-                    (Set::Plans, Value::Chain(chain)) => {
-                        arriving.insert(plan_number(key), chain);
-                    }
-                    (Set::OutputPlans, Value::Chain(chain)) => {
-                        sent.insert(plan_number(key), chain);
-                    }
-                    _ => {}
-                }
-            }
-            for (number, chain) in &arriving {
-                self.plans.reserve(*number);
-                if let Some(sent) = sent.get(number) {
-                    entries.insert((family, (*chain).to_owned(), (*sent).to_owned()), *number);
-                }
-            }
         }
-        highest = slots.keys().map(|(_, number)| *number).max().unwrap_or(0).max(highest);
-        self.numbers = Numbers { next: highest, free: Vec::new() };
-
-        let ids: BTreeSet<ServiceId> = self.keys.keys().copied().collect();
-        let mut taken = HashSet::new();
-        let mut plans_taken: HashSet<u32> = HashSet::new();
-        for id in ids {
-            let Some(keys) = self.keys.get(&id) else { continue };
-            let number = keys.iter().find_map(|key| {
-                let (set, bytes) = frontend_key(key);
-                let element = ElementKey { family: key.addr.family(), set, key: bytes, end: None };
-                numbers.get(&element).copied().filter(|n| !taken.contains(n))
-            });
-            let Some(number) = number else { continue };
-            taken.insert(number);
-            let of = |kind| slots.get(&(kind, number)).map_or(&[][..], Vec::as_slice);
-            let old =
-                [of(podway_services::table::SetKind::Cluster), of(podway_services::table::SetKind::Local)];
-            if let Some(record) = Record::of(&self.table, id, keys, number, old) {
-                for plan in record.frontends.values() {
-                    let (arriving, sent) = plan.entries();
-                    if let Some(number) = entries.get(&(plan.family, arriving, sent))
-                        && plans_taken.insert(*number)
-                    {
-                        self.plans.adopt(plan, *number);
-                    }
-                }
-                self.records.insert(id, record);
+        self.plans = Plans::default();
+        self.locals = HashMap::new();
+        self.records = HashMap::new();
+        for (&id, keys) in &self.keys {
+            let old = slots_of(&slots, keys);
+            let Some(record) = Record::of(&self.table, id, keys, [&old[0], &old[1]]) else { continue };
+            for plan in record.frontends.values() {
+                self.plans.acquire(plan, id, &mut Ops::new());
             }
+            for addr in &record.locals {
+                *self.locals.entry(*addr).or_default() += 1;
+            }
+            self.records.insert(id, record);
         }
-        let free: Vec<u32> = (1..=highest).filter(|n| !taken.contains(n)).collect();
-        self.numbers.free = free;
     }
 
-    /// Every chain that a family should have, by name.
-    fn wanted_chains(&self, family: Family) -> BTreeMap<String, Chain> {
-        let mut chains: BTreeMap<String, Chain> =
-            fixed_chains(family).into_iter().map(|c| (c.name.clone(), c)).collect();
-        for (plan, _) in self.plans.all().filter(|(plan, _)| plan.family == family) {
-            chains.extend(plan.chains().into_iter().map(|c| (c.name.clone(), c)));
+    /// Every chain that a family should have, by name, with the service that it is for.
+    fn wanted_chains(&self, family: Family) -> BTreeMap<String, (Option<ServiceId>, Chain)> {
+        let mut chains: BTreeMap<String, (Option<ServiceId>, Chain)> =
+            fixed_chains(family).into_iter().map(|c| (c.name.clone(), (None, c))).collect();
+        for (plan, owner) in self.plans.all().filter(|(plan, _)| plan.family == family) {
+            chains.extend(plan.chains().into_iter().map(|c| (c.name.clone(), (owner, c))));
+        }
+        for (id, record) in self.records.iter().filter(|(_, r)| r.family() == family) {
+            chains.extend(record.chains.iter().map(|(name, c)| (name.clone(), (Some(*id), c.clone()))));
         }
         chains
+    }
+
+    /// The same for sets.
+    fn wanted_sets(&self, family: Family) -> BTreeMap<String, (Option<ServiceId>, SetDefinition)> {
+        let fixed = Set::ALL.map(|set| set.definition(family));
+        let mut sets: BTreeMap<String, (Option<ServiceId>, SetDefinition)> =
+            fixed.into_iter().map(|set| (set.name.clone(), (None, set))).collect();
+        for (id, record) in self.records.iter().filter(|(_, r)| r.family() == family) {
+            sets.extend(record.sets().map(|(name, set)| (name, (Some(*id), set))));
+        }
+        sets
     }
 
     /// Every element that should be there, with the service that it is for.
     fn wanted_elements(&self) -> HashMap<ElementKey, (Option<ServiceId>, Value)> {
         let mut elements = HashMap::new();
         for (id, record) in &self.records {
-            elements.extend(record.elements(&self.plans).into_iter().map(|(k, v)| (k, (Some(*id), v))));
-        }
-        for (plan, number) in self.plans.all() {
-            elements.extend(plan_elements(plan, number).map(|(k, v)| (k, (None, v))));
+            elements.extend(record.elements().into_iter().map(|(k, v)| (k, (Some(*id), v))));
         }
         elements.extend(node_elements(&self.view).into_iter().map(|(k, v)| (k, (None, v))));
         elements.extend(self.locals.keys().map(|a| (hairpin_element(*a), (None, Value::None))));
         elements
             .extend(self.table.vips.iter().map(|a| (address_element(Set::Vips, *a), (None, Value::None))));
         elements
+    }
+
+    /// Whether a table can be put right without being replaced: it is of this version, and what cannot be changed
+    /// later is as it should be.
+    fn fits(&self, found: &Found, family: Family, difference: &mut Difference) -> bool {
+        let name = family_name(family);
+        let mut lines = Vec::new();
+        if found.comment != COMMENT {
+            lines.push(format!("table {name} {TABLE} of this version"));
+        }
+        for (set, (owner, definition)) in self.wanted_sets(family) {
+            match found.sets.get(&set) {
+                Some(shape) if *shape == definition.shape() => {}
+                None if owner.is_some() => {}
+                _ => lines.push(format!("set {name} {set}")),
+            }
+        }
+        for (chain, (hook, _)) in &found.chains {
+            let want = fixed_chains(family).into_iter().find(|c| c.name == *chain).and_then(|c| c.hook);
+            if *hook != want.map(|h| (h.kind.to_owned(), h.number, h.priority)) {
+                lines.push(format!("hook of chain {name} {chain}"));
+            }
+        }
+        let fits = lines.is_empty();
+        difference.missing.extend(lines);
+        fits
     }
 
     fn object(&self, id: ServiceId) -> String {
@@ -584,13 +559,14 @@ impl Writer for NftWriter {
         }
         let start = Instant::now();
         let mut report = Report::default();
+        let risky = conntrack::risky(&self.table, changes);
         let (services, vips) = self.take(changes);
         if services.iter().any(|id| self.refused.contains(id)) {
             self.compare(&mut report)?;
         } else {
             self.write(&services, &vips, &mut report)?;
         }
-        self.clean_flows(services, &mut report);
+        self.clean_flows(risky, &mut report);
         report.took = start.elapsed();
         Ok(report)
     }
@@ -643,39 +619,6 @@ impl Writer for NftWriter {
     }
 }
 
-/// What of the fixed parts and of the plans' chains is not as it should be. Chains that are not there at all and belong
-/// to plans can be added, and are no such difference.
-fn structure_differences(found: &Found, family: Family, chains: &BTreeMap<String, Chain>) -> Vec<String> {
-    let mut lines = Vec::new();
-    let name = family_name(family);
-    if found.comment != COMMENT {
-        lines.push(format!("table {name} {TABLE} of this version"));
-    }
-    for set in Set::ALL {
-        let definition = set.definition(family);
-        let shape =
-            [definition.flags, definition.key_type, definition.key_len, definition.data_type.unwrap_or(0)];
-        if found.sets.get(set.name()) != Some(&shape) {
-            lines.push(format!("set {name} {}", set.name()));
-        }
-    }
-    let fixed: HashSet<String> = fixed_chains(family).into_iter().map(|c| c.name).collect();
-    for (chain_name, chain) in chains {
-        let as_wanted = found.chains.get(chain_name).map(|(hook, rules)| {
-            let want = chain.hook.map(|h| (h.kind.to_owned(), h.number, h.priority));
-            *hook == want && rules.iter().eq(chain.rules.iter().map(|(comment, _)| comment))
-        });
-        if as_wanted == Some(false) || (as_wanted.is_none() && fixed.contains(chain_name)) {
-            lines.push(format!("rules of chain {name} {chain_name}"));
-        }
-    }
-    lines
-}
-
-fn plan_number(key: &ElementKey) -> u32 {
-    key.key.first_chunk().map_or(0, |b| u32::from_ne_bytes(*b))
-}
-
 const fn family_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",
@@ -683,16 +626,32 @@ const fn family_name(family: Family) -> &'static str {
     }
 }
 
-/// The kernel never has generation 0.
 const fn next_generation(generation: u32) -> u32 {
-    match generation.wrapping_add(1) {
-        0 => 1,
-        next => next,
-    }
+    super::generation_after(generation, 1)
 }
 
 const fn is_removal(op: &Op) -> bool {
-    matches!(op, Op::Remove(_) | Op::RemoveChain(..) | Op::RemoveTable(_))
+    matches!(op, Op::Remove(_) | Op::RemoveChain(..) | Op::RemoveSet(..) | Op::RemoveTable(_))
+}
+
+/// Tables, then sets, then chains, each after those that it names.
+fn structure_order(op: &Op) -> u8 {
+    match op {
+        Op::ReplaceTable(_) | Op::RemoveTable(_) => 0,
+        Op::Set(..) => 1,
+        Op::Chain(_, chain) | Op::Rules(_, chain) => 2 + Chain::rank(&chain.name),
+        Op::Add(..) | Op::Remove(_) | Op::RemoveChain(..) | Op::RemoveSet(..) => u8::MAX,
+    }
+}
+
+/// Rules go first, since they may name any of the chains, and sets last.
+fn removal_of(chains: Vec<(Family, String)>, sets: Vec<(Family, String)>) -> Ops {
+    let empty =
+        |(family, name): &(Family, String)| (None, Op::Rules(*family, Chain::new(name.clone(), None)));
+    let mut ops: Ops = chains.iter().map(empty).collect();
+    ops.extend(chains.into_iter().map(|(family, name)| (None, Op::RemoveChain(family, name))));
+    ops.extend(sets.into_iter().map(|(family, name)| (None, Op::RemoveSet(family, name))));
+    ops
 }
 
 /// Steps of one service and set together, so that they make one message.

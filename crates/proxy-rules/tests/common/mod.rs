@@ -1,6 +1,11 @@
 //! A node with pods, pods elsewhere and clients outside, as network namespaces; and scenarios that every writer passes.
 #![allow(dead_code, reason = "not every test program uses all of it")]
-#![allow(clippy::unwrap_used, unreachable_pub, reason = "test code")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a test stops at the first surprise, and says what it leaves out"
+)]
 
 pub mod scenarios;
 pub mod world;
