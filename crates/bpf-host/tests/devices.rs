@@ -24,7 +24,7 @@ use podway_datapath::Verdict;
 use podway_datapath_cases::{
     At,
     cases::{self, Case},
-    frames::{L4, PAYLOAD, ip},
+    frames::{L4, PAYLOAD, ip, ipv4_checksum},
     sequences::{self, Step},
     world::{
         Change, HOST_1_MAC, HOST_2_MAC, HOST_3_MAC, Interfaces, NODE, OTHER_NODE, OTHER_RANGES, POD_1,
@@ -347,7 +347,13 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
             let end = case.expect.tunnel.unwrap().v4_word().to_ne_bytes();
             assert_eq!(outer[14 + 16..14 + 20], end, "{}: outer destination", case.name);
             assert_eq!(outer[36..38], VXLAN_PORT.to_be_bytes(), "{}: outer port", case.name);
-            assert_eq!(outer[46..49], [0, 0, 1], "{}: VNI", case.name);
+            assert_eq!(outer[42..50], [8, 0, 0, 0, 0, 0, 1, 0], "{}: VXLAN header", case.name);
+            assert_eq!(ipv4_checksum(&outer), 0, "{}: outer checksum", case.name);
+            let field = |at: usize| usize::from(u16::from_be_bytes([outer[at], outer[at + 1]]));
+            assert_eq!((field(14 + 2), field(38)), (outer.len() - 14, outer.len() - 34), "{}: lengths", case.name);
+            assert_eq!(outer[14 + 12..14 + 16], [172, 18, 1, 1], "{}: outer source", case.name);
+            assert_eq!((outer[14 + 8], outer[14 + 9]), (64, 17), "{}: outer TTL, UDP", case.name);
+            assert_eq!(outer[50..64], case.frame[..14], "{}: inner Ethernet header", case.name);
         }
         Verdict::ToUplink => {
             let got = taps.wire.receive(SOON, |f| f[14..] == case.frame[14..]);

@@ -3,7 +3,9 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test fails by panicking and says why it skips"
+    clippy::needless_range_loop,
+    clippy::needless_pass_by_value,
+    reason = "a test fails by panicking and says why it skips; numbers name families and pods"
 )]
 
 use std::{

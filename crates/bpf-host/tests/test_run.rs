@@ -59,7 +59,9 @@ fn check(test: &TestDatapath, case: &Case) {
     let expected = match verdict {
         Verdict::Pass | Verdict::SetTunnel => TC_ACT_OK,
         Verdict::Drop => TC_ACT_SHOT,
-        Verdict::ToPod | Verdict::ToPodQueue | Verdict::ToTunnel | Verdict::ToUplink | Verdict::Reject => TC_ACT_REDIRECT,
+        Verdict::ToPod | Verdict::ToPodQueue | Verdict::ToTunnel | Verdict::ToUplink | Verdict::Reject => {
+            TC_ACT_REDIRECT
+        }
     };
     assert_eq!(run.code, expected, "{}", case.name);
     assert_eq!(test.count(case.hook.name(), reason.name()), before + 1, "{}: counted", case.name);

@@ -103,7 +103,7 @@ pub fn from_uplink(
     if let Err(reason) = guard::uplink(&scratch.packet, &config, source.as_ref()) {
         return Action::drop(reason);
     }
-    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(source.as_ref())) {
+    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(source.map(|p| p.flags))) {
         Ok(Step::Plain) => {}
         Ok(step) => return go_onward(&config, tables, &observation, found, scratch, step),
         Err(reason) => return refuse(reason),
@@ -152,7 +152,7 @@ pub fn from_tunnel(
         Ok(source) => source,
         Err(reason) => return Action::drop(reason),
     };
-    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(Some(&source))) {
+    match serve(bytes, tables, &mut observation, &mut found, scratch, origin(Some(source))) {
         Ok(Step::Plain) => {}
         Ok(step) => return go_onward(&config, tables, &observation, found, scratch, step),
         Err(reason) => return refuse(reason),
@@ -260,9 +260,9 @@ fn answer(bytes: &impl Bytes, tables: &impl Tables, observation: &Observation, s
 
 /// Who sent a packet that came from the network.
 #[inline(always)]
-fn origin(source: Option<&Peer>) -> Origin {
+fn origin(source: Option<u32>) -> Origin {
     match source {
-        Some(peer) if peer.flags & peer_flags::NODE == 0 => Origin::Pod,
+        Some(bits) if bits & peer_flags::NODE == 0 => Origin::Pod,
         _ => Origin::External,
     }
 }

@@ -46,16 +46,17 @@ pub fn uplink(packet: &Packet, config: &NodeConfig, source: Option<&Peer>) -> Re
     Ok(())
 }
 
-/// Tunnel traffic must come from a node of the cluster, and carry only what that node has; which is returned.
+/// Tunnel traffic must come from a node of the cluster, and carry only what that node has: the [`peer_flags`] of the
+/// source.
 #[inline(always)]
-pub fn tunnel(packet: &Packet, key: &TunnelKey, tables: &impl Tables) -> Result<Peer, Reason> {
+pub fn tunnel(packet: &Packet, key: &TunnelKey, tables: &impl Tables) -> Result<u32, Reason> {
     match tables.peer(&key.source) {
         Some(node) if node.flags & peer_flags::NODE != 0 => {}
         _ => return Err(Reason::UnknownTunnelPeer),
     }
     match tables.peer(&packet.src) {
         Some(peer) if peer.flags & peer_flags::LOCAL != 0 => Err(Reason::OwnSource),
-        Some(peer) if same_addr(&peer.node, &key.source) => Ok(peer),
+        Some(peer) if same_addr(&peer.node, &key.source) => Ok(peer.flags),
         _ => Err(Reason::TunnelSourceMismatch),
     }
 }

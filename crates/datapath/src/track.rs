@@ -140,7 +140,7 @@ pub fn follow(entry: &mut CtEntry, observation: &Observation, route: &mut CtRout
         return false;
     }
     let way = known.way;
-    match way {
+    match way & !way::BACK {
         way::POD => route.target = known.target,
         way::TUNNEL => route.node = known.node,
         _ => {}

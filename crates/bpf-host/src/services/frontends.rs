@@ -91,6 +91,7 @@ impl ServiceWriter {
         if old != Some(value) {
             self.frontends.insert(key, value, 0).map_err(|e| full_or(e, "FRONTENDS", "frontends"))?;
             self.known_frontends.insert(key, value);
+            self.moved = true;
             report.written += 1;
             if old.map(|f| f.service) != Some(number) {
                 self.count_frontend(number, 1);
@@ -188,6 +189,7 @@ impl ServiceWriter {
                 .insert(addr, bits, 0)
                 .map_err(|e| full_or(e, "SERVICE_ADDRS", "service addresses"))?;
             self.known_addresses.insert(addr, bits);
+            self.moved = true;
             report.written += 1;
         }
         Ok(())

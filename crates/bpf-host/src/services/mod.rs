@@ -39,13 +39,14 @@ use podway_services::table::{self, ServiceId, ServiceMeta, SetId, TableChange};
 
 pub use report::{ApplyReport, KernelFrontend, Refused, ServiceCounts};
 
-use crate::{Datapath, Error, Result};
+use crate::{Datapath, Error, Result, generation::Generation};
 use mapped::MappedArray;
 use regions::{Region, Regions};
 
 /// Writes the kernel's tables of services.
 pub struct ServiceWriter {
     config: Array<MapData, ServiceConfig>,
+    generation: Generation,
     frontends: BpfMap<MapData, FrontendKey, Frontend>,
     addresses: BpfMap<MapData, Addr, u32>,
     ranges: LpmTrie<MapData, SourceRange, u32>,
@@ -80,6 +81,8 @@ pub struct ServiceWriter {
     room: bool,
     /// Whether a whole table is being applied.
     syncing: bool,
+    /// Whether something answers elsewhere than before: plain flows then have to ask again.
+    moved: bool,
 }
 
 /// What a change is about.
@@ -157,6 +160,7 @@ impl ServiceWriter {
         let array = |name, entries, words| MappedArray::new(pinned(name)?, name, entries, words);
         let mut writer = Self {
             config: Array::try_from(pinned("SERVICE_CONFIG")?)?,
+            generation: Generation::new(pinned("GENERATION")?)?,
             frontends: BpfMap::try_from(pinned("FRONTENDS")?)?,
             addresses: BpfMap::try_from(pinned("SERVICE_ADDRS")?)?,
             ranges: LpmTrie::try_from(pinned("SOURCE_RANGES")?)?,
@@ -183,6 +187,7 @@ impl ServiceWriter {
             refused: BTreeMap::new(),
             room: false,
             syncing: false,
+            moved: false,
         };
         writer.adopt()?;
         Ok(writer)
@@ -206,6 +211,10 @@ impl ServiceWriter {
             }
         }
         self.room = false;
+        // Datagrams to what has become a service are plain flows until then.
+        if std::mem::take(&mut self.moved) {
+            self.generation.raise()?;
+        }
         report.refused = self.refusals();
         Ok(report)
     }

@@ -21,7 +21,12 @@ pub fn translate_error(bytes: &impl Bytes, host: &impl ServiceHost, scratch: &mu
         return false;
     }
     let from_b = track::key(&scratch.inner, &mut scratch.ct_key);
-    let Some(translation) = host.translation(&scratch.ct_key) else { return false };
+    // Into the workspace: a copy on the stack is one too many.
+    match host.translation(&scratch.ct_key) {
+        Some(translation) => scratch.back.value = translation,
+        None => return false,
+    }
+    let translation = &scratch.back.value;
     // The translation of the packets that go the way of the error, so against the packet inside.
     if (translation.flags & translation_flags::FROM_B != 0) == from_b {
         return false;

@@ -60,7 +60,13 @@ pub fn translate(
         Outcome::Undefined | Outcome::Reject => Err(Reason::Rejected),
         Outcome::Drop => Err(Reason::NoLocalEndpoint),
         Outcome::OutOfRange | Outcome::UnknownSource => Err(Reason::OutOfSourceRange),
-        Outcome::Backend => begin(host, scratch, from_b),
+        Outcome::Backend => {
+            let masquerade = begin(host, scratch, from_b)?;
+            if !take_ends(host, scratch, masquerade) {
+                return Err(Reason::NoMasqueradePort);
+            }
+            Ok(if masquerade { Step::Masqueraded } else { Step::Forward })
+        }
     }
 }
 
@@ -148,9 +154,10 @@ fn still_good(host: &impl ServiceHost, scratch: &Scratch, translation: &Translat
     host.backend(translation.backend).is_some_and(|b| b.incarnation == translation.incarnation)
 }
 
-/// The first packet of a translated flow.
+/// The first packet of a translated flow: both translations but for a masqueraded source's port, and whether there is
+/// one.
 #[inline(never)]
-fn begin(host: &impl ServiceHost, scratch: &mut Scratch, from_b: bool) -> Result<Step, Reason> {
+fn begin(host: &impl ServiceHost, scratch: &mut Scratch, from_b: bool) -> Result<bool, Reason> {
     let choice: &Choice = &scratch.choice;
     let now_ns = host.now_ns();
     let external = matches!(scratch.query.origin, Origin::External);
@@ -184,6 +191,12 @@ fn begin(host: &impl ServiceHost, scratch: &mut Scratch, from_b: bool) -> Result
     scratch.back.value.dst_port = scratch.query.src_port;
     scratch.back.value.backend = scratch.choice.backend;
     scratch.back.value.incarnation = scratch.choice.incarnation;
+    Ok(masquerade)
+}
+
+/// The ends that the flow has from here on, with a port of the node's that no other flow has when it is masqueraded.
+#[inline(never)]
+fn take_ends(host: &impl ServiceHost, scratch: &mut Scratch, masquerade: bool) -> bool {
     let mut tries = 0;
     loop {
         if masquerade && scratch.query.proto != proto::SCTP {
@@ -203,12 +216,12 @@ fn begin(host: &impl ServiceHost, scratch: &mut Scratch, from_b: bool) -> Result
         }
         tries += 1;
         if tries >= PORT_TRIES {
-            return Err(Reason::NoMasqueradePort);
+            return false;
         }
     }
     scratch.ct_key = scratch.back.key;
     scratch.new_translation = true;
-    Ok(if masquerade { Step::Masqueraded } else { Step::Forward })
+    true
 }
 
 /// Makes the packet what the translation says, and the flow that of the connection table.
