@@ -350,7 +350,12 @@ fn check(test: &TestDatapath, taps: &Taps, case: &Case) {
             assert_eq!(outer[42..50], [8, 0, 0, 0, 0, 0, 1, 0], "{}: VXLAN header", case.name);
             assert_eq!(ipv4_checksum(&outer), 0, "{}: outer checksum", case.name);
             let field = |at: usize| usize::from(u16::from_be_bytes([outer[at], outer[at + 1]]));
-            assert_eq!((field(14 + 2), field(38)), (outer.len() - 14, outer.len() - 34), "{}: lengths", case.name);
+            assert_eq!(
+                (field(14 + 2), field(38)),
+                (outer.len() - 14, outer.len() - 34),
+                "{}: lengths",
+                case.name
+            );
             assert_eq!(outer[14 + 12..14 + 16], [172, 18, 1, 1], "{}: outer source", case.name);
             assert_eq!((outer[14 + 8], outer[14 + 9]), (64, 17), "{}: outer TTL, UDP", case.name);
             assert_eq!(outer[50..64], case.frame[..14], "{}: inner Ethernet header", case.name);
