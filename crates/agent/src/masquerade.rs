@@ -19,9 +19,8 @@ pub struct Rules {
     pub from: Vec<IpNet>,
     /// To where they keep their source: the cluster and what the configuration excludes.
     pub not_to: Vec<IpNet>,
-    /// UDP port of the tunnel between nodes. Its packets are nobody's to translate, and following each of them as a
-    /// connection, which address translation otherwise makes the kernel do, costs more than all else that is done
-    /// with them here.
+    /// UDP port of the tunnel between nodes. Its packets are nobody's to translate, but address translation would make
+    /// the kernel follow them as connections: an entry for each flow between pods, in a table that is meant for others.
     pub tunnel_port: Option<u16>,
 }
 

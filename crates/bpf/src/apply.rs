@@ -15,6 +15,7 @@ use podway_datapath::{
 };
 
 use crate::{
+    encap,
     maps::{self, Maps},
     reject::reject,
     rewrite::rewrite,
@@ -31,7 +32,7 @@ pub const MARK_DECIDED: u32 = 0x5057_0001;
 const PACKET_HOST: u32 = 0;
 
 /// TTL of the outer header; the inner packet keeps its own.
-const OUTER_TTL: u8 = 64;
+pub const OUTER_TTL: u8 = 64;
 
 /// Decides and applies; the result is a `TC_ACT_*` code.
 #[inline(always)]
@@ -58,8 +59,8 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
         Verdict::Drop => Some(TC_ACT_SHOT),
         Verdict::ToPod => to_pod(ctx, hook, scratch, false),
         Verdict::ToPodQueue => to_pod(ctx, hook, scratch, true),
-        Verdict::ToTunnel => to_tunnel(ctx, scratch, true),
-        Verdict::SetTunnel => to_tunnel(ctx, scratch, false),
+        Verdict::ToTunnel => to_tunnel(ctx, hook, scratch, true),
+        Verdict::SetTunnel => to_tunnel(ctx, hook, scratch, false),
         Verdict::ToUplink => to_uplink(),
         Verdict::Reject => {
             service_maps::count_connection(scratch.choice.service, false);
@@ -106,10 +107,17 @@ fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch, queued: bool) -> Optio
     Some(unsafe { bpf_redirect_peer(target.ifindex, 0) } as i32)
 }
 
-/// Sets the tunnel key and, when `redirect`, hands the packet to the tunnel device.
+/// Sets the tunnel key and, when `redirect`, hands the packet to the tunnel device. A pod's packet is as a rule wrapped
+/// here and now instead, and sent.
 #[inline(always)]
-fn to_tunnel(ctx: &TcContext, scratch: &Scratch, redirect: bool) -> Option<i32> {
+fn to_tunnel(ctx: &TcContext, hook: Hook, scratch: &Scratch, redirect: bool) -> Option<i32> {
     let config: NodeConfig = Maps.config()?;
+    if redirect
+        && matches!(hook, Hook::FromPod)
+        && let Some(code) = encap::send(ctx, &config, &scratch.route.node)
+    {
+        return Some(code);
+    }
     // SAFETY: all fields are integers or unions of integers.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = config.vni;

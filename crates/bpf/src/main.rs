@@ -8,6 +8,7 @@
 #![feature(asm_experimental_arch)]
 
 mod apply;
+mod encap;
 mod maps;
 mod reject;
 mod rewrite;

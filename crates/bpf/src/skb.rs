@@ -53,7 +53,7 @@ pub fn linear(ctx: &TcContext, len: usize) -> Option<*mut u8> {
 /// # Safety
 /// The four bytes are in the linear part of the packet.
 #[inline(always)]
-unsafe fn load_word(at: *const u8) -> u32 {
+pub unsafe fn load_word(at: *const u8) -> u32 {
     let word: u64;
     // SAFETY: a load of bytes that the caller vouches for, with no other effect. Kernels whose machines cannot do it
     // refuse the program when it is loaded.
@@ -66,6 +66,23 @@ unsafe fn load_word(at: *const u8) -> u32 {
         );
     }
     word as u32
+}
+
+/// Stores a word of a packet in the same way.
+///
+/// # Safety
+/// As [`load_word`]; and the packet can be written.
+#[inline(always)]
+pub unsafe fn store_word(at: *mut u8, word: u32) {
+    // SAFETY: as in `load_word`.
+    unsafe {
+        core::arch::asm!(
+            "*(u32 *)({at} + 0) = {word}",
+            at = in(reg) at,
+            word = in(reg) word as u64,
+            options(nostack, preserves_flags),
+        );
+    }
 }
 
 /// The hook that runs.
