@@ -348,13 +348,9 @@ fn is_for_the_link(scratch: &Scratch) -> bool {
 /// Looks up where a pod's packet goes.
 #[inline(always)]
 fn route_from_pod(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scratch) {
-    if config.flags & node_flags::STACK_TRANSLATES != 0 {
-        scratch.route.way = way::STACK;
-        return;
-    }
     if let Some(endpoint) = tables.endpoint(&scratch.packet.dst) {
         scratch.route.target = endpoint;
-        scratch.route.way = way::POD;
+        scratch.route.way = into_pod(config);
         return;
     }
     match tables.peer(&scratch.packet.dst) {
@@ -364,7 +360,7 @@ fn route_from_pod(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scrat
     }
 }
 
-/// From another node into a pod.
+/// Into a pod on this node: past the stack, unless that translates what pods exchange.
 #[inline(always)]
 fn into_pod(config: &NodeConfig) -> u8 {
     if config.flags & node_flags::STACK_TRANSLATES != 0 { way::STACK } else { way::POD }
@@ -374,9 +370,12 @@ fn into_pod(config: &NodeConfig) -> u8 {
 #[inline(always)]
 fn remote(config: &NodeConfig, peer: &Peer, route: &mut CtRoute) {
     route.node = peer.node;
-    route.way = if config.mode == mode::OVERLAY {
+    let node = peer.flags & peer_flags::NODE != 0;
+    route.way = if !node && config.flags & node_flags::STACK_TRANSLATES != 0 {
+        way::STACK
+    } else if config.mode == mode::OVERLAY {
         way::TUNNEL
-    } else if peer.flags & peer_flags::NODE != 0 {
+    } else if node {
         // A node's addresses may be on a network that the pods' uplink does not reach.
         way::STACK
     } else {
