@@ -33,6 +33,7 @@ pub(crate) fn run(args: Agent) -> anyhow::Result<u8> {
         mode: args.service_mode.of_agent(),
         service_cidrs: args.service_cidr,
         node_port_addresses: args.node_port_addresses,
+        ipvs_scheduler: args.ipvs_scheduler,
         cgroup: args.cgroup,
         load_balancer_pool: args.load_balancer_pool,
     };

@@ -104,6 +104,9 @@ pub(crate) enum Lab {
     Kubeconfig(Kubeconfig),
     /// Check that every pod and node reaches every other, by ICMP and TCP, with its own source address
     ///
+    /// And every Service with a ready endpoint: its cluster IPs from every pod, its node ports and load balancers from
+    /// beyond the cluster (TCP).
+    ///
     /// Exits with 1 when a path is not as it should be.
     Check(Show),
     /// Remove a lab with everything in it; works after any crash
@@ -179,6 +182,8 @@ pub(crate) enum ServiceMode {
     Nftables,
     /// Rules of iptables (iptables-restore, of whichever kind is in use)
     Iptables,
+    /// Virtual servers of IPVS
+    Ipvs,
     /// Not by Podway
     None,
 }
@@ -190,6 +195,7 @@ impl ServiceMode {
             Self::Ebpf => Of::Ebpf,
             Self::Nftables => Of::Nftables,
             Self::Iptables => Of::Iptables,
+            Self::Ipvs => Of::Ipvs,
             Self::None => Of::None,
         }
     }
@@ -199,6 +205,7 @@ impl ServiceMode {
             Self::Ebpf => spec::ServiceMode::Ebpf,
             Self::Nftables => spec::ServiceMode::Nftables,
             Self::Iptables => spec::ServiceMode::Iptables,
+            Self::Ipvs => spec::ServiceMode::Ipvs,
             Self::None => spec::ServiceMode::None,
         }
     }
@@ -265,6 +272,9 @@ pub(crate) struct Agent {
     /// loopback and link-local ones]
     #[arg(long, value_name = "CIDR", value_parser = cidr)]
     pub(crate) node_port_addresses: Vec<IpNet>,
+    /// How IPVS chooses among endpoints: rr, lc, sh, mh and others of the kernel's schedulers
+    #[arg(long, value_name = "NAME", default_value = "rr")]
+    pub(crate) ipvs_scheduler: podway_agent::services::config::Scheduler,
     /// Root of the processes whose sockets are translated, a folder of the unified control group hierarchy [default:
     /// where that is mounted]
     #[arg(long, value_name = "DIR")]

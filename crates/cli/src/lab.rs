@@ -354,8 +354,9 @@ fn kubeconfig(args: &Kubeconfig) -> anyhow::Result<u8> {
 fn check(args: &Show) -> anyhow::Result<u8> {
     let lab = pick(&args.which)?;
     let report = runtime()?.block_on(async {
-        let seen = observe(&mut Client::of_lab(&lab)?, &lab).await?;
-        check::check(&lab, &seen).await
+        let mut client = Client::of_lab(&lab)?;
+        let seen = observe(&mut client, &lab).await?;
+        check::check(&lab, &mut client, &seen).await
     })?;
     match args.format.output {
         OutputFormat::Json => output::json(&report)?,

@@ -243,6 +243,8 @@ pub enum ServiceMode {
     Nftables,
     /// iptables.
     Iptables,
+    /// IPVS.
+    Ipvs,
     /// Not at all.
     None,
 }
@@ -255,6 +257,7 @@ impl ServiceMode {
             Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
             Self::None => "none",
         }
     }

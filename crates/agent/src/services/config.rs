@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use ipnet::IpNet;
+pub use podway_proxy_rules::ipvs::Scheduler;
 
 use crate::config::ConfigError;
 
@@ -18,13 +19,15 @@ pub enum ServiceMode {
     Nftables,
     /// Rules of iptables.
     Iptables,
+    /// Virtual servers of IPVS.
+    Ipvs,
     /// Not by Podway.
     None,
 }
 
 impl ServiceMode {
     /// Every mode.
-    pub const ALL: [Self; 4] = [Self::Ebpf, Self::Nftables, Self::Iptables, Self::None];
+    pub const ALL: [Self; 5] = [Self::Ebpf, Self::Nftables, Self::Iptables, Self::Ipvs, Self::None];
 
     /// As options spell it.
     #[must_use]
@@ -33,6 +36,7 @@ impl ServiceMode {
             Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
             Self::None => "none",
         }
     }
@@ -42,7 +46,7 @@ impl ServiceMode {
     /// Whether the node's stack translates, which then has to see every packet that pods exchange.
     #[must_use]
     pub fn is_translated_by_the_stack(self) -> bool {
-        matches!(self, Self::Nftables | Self::Iptables)
+        matches!(self, Self::Nftables | Self::Iptables | Self::Ipvs)
     }
 }
 
@@ -58,7 +62,7 @@ impl FromStr for ServiceMode {
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         Self::ALL.into_iter().find(|m| m.as_str() == text).ok_or_else(|| ConfigError {
             field: "service-mode",
-            cause: format!("{text:?} is none of ebpf, nftables, iptables, none"),
+            cause: format!("{text:?} is none of ebpf, nftables, iptables, ipvs, none"),
         })
     }
 }
@@ -72,6 +76,8 @@ pub struct ServicesConfig {
     pub service_cidrs: Vec<IpNet>,
     /// Which of the node's addresses serve node ports; empty is all but loopback and link-local ones.
     pub node_port_addresses: Vec<IpNet>,
+    /// How IPVS chooses among endpoints.
+    pub ipvs_scheduler: Scheduler,
     /// Root of the processes whose sockets are translated (eBPF); none is that of all.
     pub cgroup: Option<PathBuf>,
     /// Load balancer addresses to give, besides those of `LoadBalancerPool` objects.
@@ -84,6 +90,7 @@ impl Default for ServicesConfig {
             mode: ServiceMode::Ebpf,
             service_cidrs: Vec::new(),
             node_port_addresses: Vec::new(),
+            ipvs_scheduler: Scheduler::default(),
             cgroup: None,
             load_balancer_pool: Vec::new(),
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use podway_bpf_host::Datapath;
 use podway_proxy_rules::foreign::detect;
 use podway_proxy_rules::iptables::{IptablesWriter, Kind};
+use podway_proxy_rules::ipvs::{IpvsWriter, Scheduler};
 use podway_proxy_rules::nft::NftWriter;
 use tracing::{debug, warn};
 
@@ -32,6 +33,9 @@ impl Mechanisms {
             ServiceMode::Ebpf => Some(self.ebpf()?),
             ServiceMode::Nftables => Some(Box::new(Rules::new(NftWriter::new()))),
             ServiceMode::Iptables => Some(Box::new(Rules::new(IptablesWriter::new(Kind::in_use()?)))),
+            ServiceMode::Ipvs => {
+                Some(Box::new(Rules::new(IpvsWriter::new(self.config.ipvs_scheduler.clone()))))
+            }
             ServiceMode::None => None,
         })
     }
@@ -69,6 +73,7 @@ fn rules(mode: ServiceMode) -> Vec<Box<dyn Kernel>> {
             .into_iter()
             .map(|k| Box::new(Rules::new(IptablesWriter::new(k))) as Box<dyn Kernel>)
             .collect(),
+        ServiceMode::Ipvs => vec![Box::new(Rules::new(IpvsWriter::new(Scheduler::default())))],
         ServiceMode::Ebpf | ServiceMode::None => Vec::new(),
     }
 }

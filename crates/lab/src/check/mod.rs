@@ -7,6 +7,7 @@
 
 mod echo;
 mod render;
+mod services;
 mod tcp;
 
 use std::collections::BTreeMap;
@@ -20,11 +21,14 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::client::Client;
 use crate::observe::{NodeStatus, Observation, PodStatus};
-use crate::spec::LabName;
+use crate::spec::{LabName, ServiceMode};
 use crate::standin::{self, Identity, Phase, Protocol, Shared};
+use crate::state::StateDir;
 
 pub use render::render;
+pub use services::ServicePath;
 
 /// Sockets that are open for sources at the same time; pods' listeners come on top.
 const SOCKETS: usize = 1600;
@@ -117,6 +121,8 @@ pub struct Report {
     pub endpoints: Vec<Endpoint>,
     /// Cells by source, then target.
     pub cells: Vec<Cell>,
+    /// Services: from every pod to their cluster IPs, from outside to their node ports and load balancers.
+    pub services: Vec<ServicePath>,
     /// Pods and nodes that should be in the matrix but are not, with the reason.
     pub left_out: Vec<String>,
     /// Pods that are being deleted: nobody expects them to answer.
@@ -126,10 +132,12 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether every pod was there and every cell was as it should be.
+    /// Whether every pod was there, and every cell and every way to a Service was as it should be.
     #[must_use]
     pub fn is_ok(&self) -> bool {
-        self.left_out.is_empty() && self.cells.iter().all(Cell::is_ok)
+        self.left_out.is_empty()
+            && self.cells.iter().all(Cell::is_ok)
+            && self.services.iter().all(|s| s.outcome.is_ok())
     }
 }
 
@@ -137,7 +145,7 @@ impl Report {
 ///
 /// # Errors
 /// When a namespace cannot be entered or a socket cannot be made, which says nothing about the network.
-pub async fn check(lab: &LabName, observation: &Observation) -> anyhow::Result<Report> {
+pub async fn check(lab: &LabName, client: &mut Client, observation: &Observation) -> anyhow::Result<Report> {
     let begun = Instant::now();
     raise_descriptor_limit();
     let (ending, pods): (Vec<_>, Vec<_>) = observation.pods.iter().partition(|p| p.ending);
@@ -164,9 +172,45 @@ pub async fn check(lab: &LabName, observation: &Observation) -> anyhow::Result<R
         cells.extend(done.context("a source of the check failed")??);
     }
     cells.sort_by_key(|c| (c.from, c.to, c.address));
+    let services = services_part(lab, client, observation, &endpoints, &turns).await?;
     let endpoints = Arc::unwrap_or_clone(endpoints);
     let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    Ok(Report { endpoints, cells, left_out, ending, millis })
+    Ok(Report { endpoints, cells, services, left_out, ending, millis })
+}
+
+/// Nothing in a lab whose agents do not serve Services.
+async fn services_part(
+    lab: &LabName,
+    client: &mut Client,
+    observation: &Observation,
+    endpoints: &[Endpoint],
+    turns: &Arc<Semaphore>,
+) -> anyhow::Result<Vec<ServicePath>> {
+    let Some(file) = StateDir::of(lab).lab()? else { return Ok(Vec::new()) };
+    if file.spec.service_mode == ServiceMode::None {
+        return Ok(Vec::new());
+    }
+    let targets = Arc::new(services::targets(client, &observation.nodes).await?);
+    let outside = file.spec.outside_addresses().into_iter().map(|(client, _)| client).collect();
+    // Sockets of this process belong to no node's processes, whose own are translated before there is a packet: what a
+    // node reaches cannot be told from here.
+    let pods = endpoints.iter().filter(|e| !e.is_node && e.netns != lab.node_netns(&e.node));
+    let mut sources: Vec<services::Source> = pods.map(services::Source::of).collect();
+    sources.push(services::Source::outside(lab, outside));
+    let mut asking = JoinSet::new();
+    for (index, source) in sources.into_iter().enumerate() {
+        let (targets, turns) = (targets.clone(), turns.clone());
+        asking.spawn(async move {
+            let _turn = turns.acquire_owned().await.context("the check ends")?;
+            anyhow::Ok((index, services::ask(&source, &targets).await?))
+        });
+    }
+    let mut by_source = BTreeMap::new();
+    while let Some(done) = asking.join_next().await {
+        let (index, paths) = done.context("a source of the check failed")??;
+        by_source.insert(index, paths);
+    }
+    Ok(by_source.into_values().flatten().collect())
 }
 
 fn endpoints(lab: &LabName, pods: &[&PodStatus], nodes: &[NodeStatus]) -> (Vec<Endpoint>, Vec<String>) {
@@ -340,7 +384,14 @@ mod tests {
         let (open, left_out) = enterable(vec![endpoint]);
         assert!(open.is_empty());
         assert!(left_out[0].starts_with("strange: cannot be entered: "), "{left_out:?}");
-        let report = Report { endpoints: open, cells: Vec::new(), left_out, ending: Vec::new(), millis: 0 };
+        let report = Report {
+            endpoints: open,
+            cells: Vec::new(),
+            services: Vec::new(),
+            left_out,
+            ending: Vec::new(),
+            millis: 0,
+        };
         assert!(!report.is_ok());
     }
 }

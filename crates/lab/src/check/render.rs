@@ -40,6 +40,7 @@ pub fn render(report: &Report) -> String {
         report.endpoints.iter().filter(|e| !e.is_node).count(),
         report.endpoints.iter().filter(|e| e.is_node).count(),
     );
+    services(report, &mut out);
     let _ = writeln!(
         out,
         "\n{good} of {} paths between {pods} pods and {nodes} nodes are good (ICMP, TCP, source address), in {:.1} s",
@@ -47,6 +48,41 @@ pub fn render(report: &Report) -> String {
         Seconds(report.millis).value()
     );
     out
+}
+
+/// What is wrong with Services, and how many ways there are.
+fn services(report: &Report, out: &mut String) {
+    if report.services.is_empty() {
+        return;
+    }
+    let bad: Vec<_> = report.services.iter().filter(|s| !s.outcome.is_ok()).collect();
+    if !bad.is_empty() {
+        out.push_str("\nservices that do not answer as they should:\n");
+    }
+    for path in bad.iter().take(LISTED) {
+        let cause = match &path.outcome {
+            Outcome::Failed { cause } => cause.clone(),
+            Outcome::WrongSource { seen } => {
+                format!("sender seen as {seen}, though externalTrafficPolicy is Local")
+            }
+            Outcome::Ok { .. } => continue,
+        };
+        let _ =
+            writeln!(out, "  {} -> {} ({} {}): {cause}", path.from, path.service, path.kind, path.address);
+    }
+    if bad.len() > LISTED {
+        let _ = writeln!(out, "  … and {} more; -o json lists all", bad.len() - LISTED);
+    }
+    let names: std::collections::BTreeSet<&str> =
+        report.services.iter().map(|s| s.service.as_str()).collect();
+    let _ = writeln!(
+        out,
+        "\n{} of {} ways to {} services are good (cluster IPs from pods; node ports and load balancers from \
+         outside)",
+        report.services.len() - bad.len(),
+        report.services.len(),
+        names.len()
+    );
 }
 
 struct Seconds(u64);
@@ -162,6 +198,17 @@ fn failure(report: &Report, cell: &Cell, out: &mut String) {
 mod tests {
     use super::*;
 
+    fn path(from: &str, outcome: Outcome) -> super::super::ServicePath {
+        let address = "192.0.2.1:30080".parse().expect("address");
+        super::super::ServicePath {
+            from: from.into(),
+            service: "shop/web".into(),
+            kind: "NodePort",
+            address,
+            outcome,
+        }
+    }
+
     fn report(size: usize) -> Report {
         let address = |i: usize| format!("10.244.1.{i}").parse().expect("address");
         let endpoints = (0..size)
@@ -198,6 +245,10 @@ mod tests {
         Report {
             endpoints,
             cells,
+            services: vec![
+                path("shop/web-1", Outcome::Ok { micros: 9 }),
+                path("outside", Outcome::Failed { cause: "refused".into() }),
+            ],
             left_out: vec!["shop/x: not ready: y".into()],
             ending: vec!["shop/z".into()],
             millis: 1500,
@@ -215,6 +266,7 @@ mod tests {
             "  shop/web-1 -> shop/web-2 10.244.1.2 (same node): ICMP: silent",
             "  shop/web-2 -> shop/web-1 10.244.1.1 (same node): TCP: sender seen as 10.244.1.9 instead of 10.244.1.2",
             "left out: shop/x: not ready: y",
+            "  outside -> shop/web (NodePort 192.0.2.1:30080): refused",
             "not part of it: shop/z is being deleted",
             "4 of 6 paths between 2 pods and 1 nodes are good (ICMP, TCP, source address), in 1.5 s",
         ] {

@@ -52,7 +52,7 @@ impl Call {
     }
 }
 
-async fn exchange(socket: Socket, target: SocketAddr) -> io::Result<Vec<u8>> {
+pub(super) async fn exchange(socket: Socket, target: SocketAddr) -> io::Result<Vec<u8>> {
     let mut stream = TcpSocket::from_std_stream(socket.into()).connect(target).await?;
     stream.write_all(REQUEST).await?;
     let mut answer = Vec::new();
