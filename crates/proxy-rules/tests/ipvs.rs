@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -74,6 +75,13 @@ fn all_scenarios(family: Family) {
         return;
     }
     let world = World::new(&format!("ipvs-{family:?}").to_lowercase());
+    if family == Family::V6 {
+        // Those of the scenario with many backends, which starts them with the first family only.
+        for port in 8100..8140 {
+            world.serve("r1", port);
+            world.serve("r2", port);
+        }
+    }
     let mut writer = IpvsWriter::new(Scheduler::default());
     let mut bench = Bench::new(&world, &mut writer);
     let mut failed = Vec::new();
@@ -134,12 +142,12 @@ impl Lite {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// What `ipvsadm -Sn` prints, sorted.
+    /// What `ipvsadm -Sn` prints, sorted. The kernel leaves some out while servers of other namespaces come and go, so
+    /// that it is asked three times.
     fn saved(&self) -> Vec<String> {
-        let mut lines: Vec<String> =
-            self.tool("ipvsadm -Sn").lines().map(|l| l.trim_end().to_owned()).collect();
-        lines.sort();
-        lines
+        let dumps = (0..3).map(|_| self.tool("ipvsadm -Sn")).collect::<String>();
+        let lines: BTreeSet<&str> = dumps.lines().map(str::trim_end).collect();
+        lines.into_iter().map(str::to_owned).collect()
     }
 
     fn sync(&self, writer: &mut IpvsWriter, table: &ServiceTable) -> podway_proxy_rules::Result<Report> {
@@ -248,7 +256,7 @@ fn what_is_written_is_what_ipvsadm_sees_and_our_reader_reads() {
         say(&format!("saved: {line}"));
     }
     assert_mixed(&saved);
-    let rules = foreign::ipvs::parse(&lite.tool("ipvsadm -Sn"));
+    let rules = foreign::ipvs::parse(&saved.join("\n"));
     assert_eq!(rules.problems, []);
     assert_eq!((rules.services.len(), rules.endpoints()), (6, 8));
     let affine = rules.services.iter().filter(|s| s.affinity_s == Some(10_800)).count();
@@ -552,7 +560,8 @@ fn a_change_costs_the_change() {
         report.took.as_secs_f64(),
         report.written
     ));
-    assert_eq!(lite.saved().len(), 3000);
+    // What ipvsadm prints may lack some while other tests change theirs; an audit looks at each.
+    assert!(lite.audit(&mut writer).is_clean());
     let mut times = Vec::new();
     for round in 0..10 {
         let members: &[&str] = if round % 2 == 0 { &["r1", "r2"] } else { &["p2", "r1"] };

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::root;
 use common::scenarios::{Bench, FAMILIES, OUTER, cluster_ip, frontend, key, set, vip};
 use common::world::{PORT, World, address};
+use podway_proxy_rules::iptables::{IptablesWriter, Kind};
 use podway_proxy_rules::ipvs::{IpvsWriter, Scheduler};
 use podway_proxy_rules::nft::NftWriter;
 use podway_proxy_rules::{Feature, Writer};
@@ -161,6 +162,16 @@ fn check(name: &str, mut writer: impl Writer) {
 #[test]
 fn nftables() {
     check("sctp-nft", NftWriter::new());
+}
+
+#[test]
+fn iptables_legacy() {
+    check("sctp-ipt", IptablesWriter::new(Kind::Legacy));
+}
+
+#[test]
+fn iptables_nft() {
+    check("sctp-iptnft", IptablesWriter::new(Kind::Nft));
 }
 
 #[test]

@@ -128,8 +128,10 @@ impl IpvsWriter {
             addresses: device::addresses(&mut kernel.netlink, kernel.device)?,
             ..State::default()
         };
-        for server in kernel.ipvs.servers().map_err(|e| failed("list", "virtual servers".into(), e))? {
-            if own.contains(&server.key) || desired.server(&server.key).is_some() {
+        let known: BTreeSet<ServerKey> = own.iter().chain(desired.server_keys()).copied().collect();
+        let servers = kernel.ipvs.servers_with(known.iter().copied());
+        for server in servers.map_err(|e| failed("list", "virtual servers".into(), e))? {
+            if known.contains(&server.key) {
                 let reals = kernel.ipvs.reals(&server.key);
                 let reals = reals.map_err(|e| failed("list real servers of", server.key.to_string(), e))?;
                 state.add_server(server, &reals);
@@ -551,7 +553,8 @@ impl Writer for IpvsWriter {
         let desired = &self.desired;
         let kernel = self.kernel.as_mut().ok_or(Error::NotSynced("ipvs"))?;
         let mut by_service: BTreeMap<ServiceId, u64> = BTreeMap::new();
-        for server in kernel.ipvs.servers().map_err(|e| failed("list", "virtual servers".into(), e))? {
+        let servers = kernel.ipvs.servers_with(desired.server_keys().copied());
+        for server in servers.map_err(|e| failed("list", "virtual servers".into(), e))? {
             if let Some(wanted) = desired.server(&server.key) {
                 *by_service.entry(wanted.service).or_default() += server.connections;
             }

@@ -3,6 +3,7 @@
 //! One request at a time, each acknowledged before the call returns. Works in the network namespace in which the
 //! socket was opened.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -169,7 +170,31 @@ impl Ipvs {
         gone(self.change(CMD_DEL_DEST, &dest(key, addr, port, None)))
     }
 
-    /// Every virtual server of the namespace, whoever made it.
+    /// One virtual server, if there is one.
+    pub(crate) fn server(&mut self, key: &ServerKey) -> io::Result<Option<Server>> {
+        let mut found = None;
+        let there = gone(self.request(CMD_GET_SERVICE, NLM_F_ACK, &service(key, None), |payload| {
+            let nested = attributes(payload).find(|(kind, _)| *kind == ATTR_SERVICE);
+            found = nested.and_then(|(_, nested)| server_of(nested));
+        }))?;
+        Ok(found.filter(|_| there))
+    }
+
+    /// Every virtual server of the namespace, and those of `known` that there are for certain: the kernel has one
+    /// list for all namespaces and leaves some out of a dump while others change theirs.
+    pub(crate) fn servers_with(
+        &mut self,
+        known: impl IntoIterator<Item = ServerKey>,
+    ) -> io::Result<Vec<Server>> {
+        let mut all = self.servers()?;
+        let found: HashSet<ServerKey> = all.iter().map(|s| s.key).collect();
+        for key in known.into_iter().filter(|key| !found.contains(key)) {
+            all.extend(self.server(&key)?);
+        }
+        Ok(all)
+    }
+
+    /// Virtual servers of the namespace, whoever made them; see [`Self::servers_with`] for what may be missing.
     pub(crate) fn servers(&mut self) -> io::Result<Vec<Server>> {
         self.dump(CMD_GET_SERVICE, &[], |payload| {
             let nested = attributes(payload).find(|(kind, _)| *kind == ATTR_SERVICE)?.1;

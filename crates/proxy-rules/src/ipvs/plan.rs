@@ -179,6 +179,11 @@ impl Desired {
         self.servers.get(key)
     }
 
+    /// What every virtual server that should be answers to.
+    pub(crate) fn server_keys(&self) -> impl Iterator<Item = &ServerKey> {
+        self.servers.iter().filter(|(_, wanted)| wanted.set.is_some()).map(|(key, _)| key)
+    }
+
     /// The backends of a server, none when it has no set.
     pub(crate) fn backends(&self, wanted: &Wanted) -> Arc<[Backend]> {
         let set = wanted.set.and_then(|set| self.table.sets.get(&set));

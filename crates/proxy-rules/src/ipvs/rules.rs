@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::netlink::ServerKey;
 use super::plan::{
     ALLOWED, Element, FRONTENDS, HAIRPIN, MARKED, MARKS, MASQUERADES, PODS, RANGED, RESERVED, SERVERS,
-    VERDICTS, VIPS, mark_text, prefix,
+    VERDICTS, VIPS, mark_text, prefix, protocol_name,
 };
 use crate::foreign::tools::{self, ToolError};
 use crate::{Error, MASQUERADE_MARK, Result};
@@ -109,6 +109,8 @@ const RULES: [(&str, &str, &[&str]); 6] = [
         ],
     ),
 ];
+
+const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
 /// What is in the kernel.
 #[derive(Debug, Default)]
@@ -265,13 +267,8 @@ pub(crate) fn recorded(element: &Element) -> Option<ServerKey> {
         SERVERS => {
             let mut parts = element.key.split(" . ");
             let (addr, protocol, port) = (parts.next()?, parts.next()?, parts.next()?);
-            let protocol = match protocol {
-                "tcp" => Protocol::Tcp,
-                "udp" => Protocol::Udp,
-                "sctp" => Protocol::Sctp,
-                _ => return None,
-            };
-            Some(ServerKey::Address(addr.parse().ok()?, port.parse().ok()?, protocol))
+            let protocol = PROTOCOLS.iter().find(|p| protocol_name(**p) == protocol)?;
+            Some(ServerKey::Address(addr.parse().ok()?, port.parse().ok()?, *protocol))
         }
         _ => None,
     }
@@ -287,8 +284,14 @@ fn digit(family: Family) -> char {
 /// One key, or the parts of one, in the form of our own elements.
 fn key_text(value: &Value, mark: bool) -> Option<String> {
     if let Some(parts) = value.get("concat").and_then(Value::as_array) {
-        let parts: Option<Vec<String>> = parts.iter().map(|part| key_text(part, false)).collect();
-        return Some(parts?.join(" . "));
+        let mut parts: Vec<String> = parts.iter().map(|part| key_text(part, false)).collect::<Option<_>>()?;
+        // Without /etc/protocols nft prints numbers.
+        if let [_, protocol, _, ..] = parts.as_mut_slice()
+            && let Some(name) = PROTOCOLS.iter().find(|p| p.number().to_string() == *protocol)
+        {
+            *protocol = protocol_name(*name).to_owned();
+        }
+        return Some(parts.join(" . "));
     }
     if let Some(body) = value.get("prefix") {
         let addr: IpAddr = body["addr"].as_str()?.parse().ok()?;
@@ -347,6 +350,14 @@ mod tests {
         );
         assert_eq!(text.matches("iif lo return").count(), 2);
         assert!(!text.contains("IP "));
+    }
+
+    #[test]
+    fn protocols_may_be_numbers() {
+        let key = serde_json::json!({"concat": ["10.96.0.1", 132, 6]});
+        assert_eq!(key_text(&key, false).unwrap(), "10.96.0.1 . sctp . 6");
+        let key = serde_json::json!({"concat": ["fd00:0::1", "udp", 17]});
+        assert_eq!(key_text(&key, false).unwrap(), "fd00::1 . udp . 17");
     }
 
     #[test]
