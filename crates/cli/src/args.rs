@@ -32,6 +32,10 @@ pub(crate) enum Command {
     /// Run the agent of a node, in the node's network namespace
     Agent(Agent),
     /// Remove every trace of an agent from this node: links, routes, rules, programs, files
+    ///
+    /// With --of kube-proxy: what kube-proxy left in this network namespace instead, in any of its modes: chains named
+    /// KUBE-* and the rules that lead to them, nftables tables, IPVS virtual servers and their device. Nothing else is
+    /// touched. Exits with 1 when something is still there.
     Cleanup(Cleanup),
     /// Show Services as a node serves them: where they answer, by whom, and why each endpoint is used or not
     Services(Services),
@@ -292,9 +296,21 @@ pub(crate) struct Agent {
 pub(crate) struct Cleanup {
     #[command(flatten)]
     pub(crate) instance: WhichInstance,
-    /// Even while the agent runs
+    /// Whose traces to remove, if not an agent's
+    #[arg(long, value_enum, value_name = "WHOSE")]
+    pub(crate) of: Option<Whose>,
+    /// Show what would be removed, and remove nothing
+    #[arg(long, requires = "of")]
+    pub(crate) dry_run: bool,
+    /// Even while the agent (or kube-proxy) runs
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Whose {
+    /// What kube-proxy left
+    KubeProxy,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@
 mod agent;
 mod args;
 mod bench;
+mod cleanup;
 mod internal;
 mod lab;
 mod output;
@@ -33,7 +34,10 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Lab(command) => lab::run(command),
         Command::Agent(args) => agent::run(args),
-        Command::Cleanup(args) => agent::cleanup(&args),
+        Command::Cleanup(args) => match args.of {
+            Some(whose) => cleanup::run(&args, whose),
+            None => agent::cleanup(&args),
+        },
         Command::Services(args) => services::run(&args),
         Command::Conntrack(args) => agent::conntrack(&args),
         Command::Bench(command) => bench::run(command),

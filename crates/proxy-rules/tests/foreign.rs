@@ -1,5 +1,6 @@
 //! Detection and removal of what a real kube-proxy left, in a network namespace of its own: its dumps are loaded
 //! beside rules of somebody else, found, removed, and only the other rules are left.
+#![expect(clippy::print_stdout, reason = "a test that does not run says why")]
 
 use std::io::Write as _;
 use std::path::PathBuf;

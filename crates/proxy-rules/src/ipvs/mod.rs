@@ -152,7 +152,7 @@ impl IpvsWriter {
         let touched = self.everything();
         self.execute(touched, report)?;
         let stale = std::mem::take(&mut self.stale);
-        self.change(stale, BTreeSet::new(), report)?;
+        self.change(&stale, BTreeSet::new(), report)?;
         self.dirty = false;
         Ok(())
     }
@@ -196,14 +196,14 @@ impl IpvsWriter {
         }
         let mut remove = std::mem::take(&mut self.stale);
         if !at_once {
-            self.change(std::mem::take(&mut remove), std::mem::take(&mut add), report)?;
+            self.change(&std::mem::take(&mut remove), std::mem::take(&mut add), report)?;
             for key in &kept {
                 self.write_server(key, report)?;
             }
         }
         add.extend(wanted.into_iter().filter(|e| !self.written.elements.contains(e)));
         remove.extend(unwanted.into_iter().filter(|e| self.written.elements.contains(e)));
-        self.change(remove, add, report)?;
+        self.change(&remove, add, report)?;
         if at_once {
             for key in &kept {
                 self.write_server(key, report)?;
@@ -232,14 +232,14 @@ impl IpvsWriter {
     /// Changes elements of the rules, in one transaction.
     fn change(
         &mut self,
-        remove: BTreeSet<Element>,
+        remove: &BTreeSet<Element>,
         add: BTreeSet<Element>,
         report: &mut Report,
     ) -> Result<()> {
-        rules::change(&remove, &add)?;
+        rules::change(remove, &add)?;
         report.removed += remove.len();
         report.written += add.len();
-        for element in &remove {
+        for element in remove {
             self.written.elements.remove(element);
         }
         self.written.elements.extend(add);

@@ -72,13 +72,13 @@ fn who_is_treated_differently_is_marked() {
     assert!(
         texts(&touched, &desired).contains(&"+verdicts_external 198.51.100.1 . tcp . 80 : drop".to_owned())
     );
-    assert_eq!(desired.servers.iter().count(), 1);
+    assert_eq!(desired.servers.len(), 1);
     // Nobody serves: the server stays, without a set, for connections that are open.
     let routes = [route(Target::Reject, false); 3];
     desired.apply(&[TableChange::Frontend(at("198.51.100.1", 80), frontend(3, routes))]);
     assert_eq!(desired.servers.iter().next().map(|(_, w)| w.set), Some(None));
     desired.apply(&[TableChange::FrontendGone(at("198.51.100.1", 80))]);
-    assert_eq!(desired.servers.iter().count(), 0);
+    assert_eq!(desired.servers.len(), 0);
     assert_eq!(desired.all().elements.len(), 2, "the ranges are left");
 }
 
