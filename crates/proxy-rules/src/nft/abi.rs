@@ -84,6 +84,7 @@ pub(super) const FLAG_CONCAT: u32 = 0x80;
 pub(super) const TYPE_VERDICT: u32 = 0xffff_ff00;
 pub(super) const VERDICT_GOTO: i32 = libc::NFT_GOTO;
 pub(super) const VERDICT_DROP: i32 = 0;
+pub(super) const VERDICT_ACCEPT: i32 = 1;
 
 /// Data types as the nft program numbers them, so that it can show what is in a set.
 pub(super) const TYPE_IPV4: u32 = 7;

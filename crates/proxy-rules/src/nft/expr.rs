@@ -10,7 +10,7 @@ use podway_services::table::{Family, SetKind};
 
 use super::{
     abi::{DATA_VALUE, DATA_VERDICT, EXPR_DATA, EXPR_NAME, LIST_ELEMENT, VERDICT_CHAIN, VERDICT_CODE},
-    abi::{VERDICT_DROP, VERDICT_GOTO},
+    abi::{VERDICT_ACCEPT, VERDICT_DROP, VERDICT_GOTO},
     layout::Set,
 };
 use crate::{
@@ -158,12 +158,22 @@ impl Rule {
 
     /// Connection tracking cannot make sense of the packet.
     pub(super) fn invalid(self) -> Self {
+        self.state(1)
+    }
+
+    /// The packet answers another one, and is no first packet of a connection itself.
+    pub(super) fn related(self) -> Self {
+        self.state(4)
+    }
+
+    /// Connection tracking has a bit for the packet.
+    fn state(self, bit: u32) -> Self {
         self.expr("ct", |e| {
-            put_number(e, 1, Register(0).number());
+            put_number(e, 1, FIRST.number());
             put_number(e, 2, 0);
         })
-        .bitwise(1, 0)
-        .compare(Register(0), 1, &[0; 4])
+        .bitwise(bit, 0)
+        .compare(FIRST, 1, &[0; 4])
     }
 
     /// The source of the packet is to be replaced.
@@ -187,6 +197,11 @@ impl Rule {
     /// Goes to a chain for good.
     pub(super) fn goto(self, chain: &str) -> Self {
         self.verdict(VERDICT_GOTO, Some(chain))
+    }
+
+    /// Leaves the packet alone.
+    pub(super) fn accept(self) -> Self {
+        self.verdict(VERDICT_ACCEPT, None)
     }
 
     /// Discards.

@@ -265,7 +265,8 @@ pub(super) fn fixed_chains(family: Family) -> Vec<Chain> {
         Chain::new(REJECT, None).rule("TCP", rule().protocol(6).reset()).rule("others", rule().unreachable()),
         Chain::new(DROP, None).rule("in silence", rule().drop()),
         services(Chain::new("prerouting", nat(0, -100))),
-        services(Chain::new("output", nat(3, -100))),
+        // The refusals themselves come by here, and their receiver may be a service's address.
+        services(Chain::new("output", nat(3, -100)).rule("answers of the node", rule().related().accept())),
         Chain::new("postrouting", nat(4, 99))
             .rule("masquerade what was chosen for it", rule().marked().mark(false).masquerade())
             .rule("pods that reach themselves", rule().hairpin().masquerade()),
