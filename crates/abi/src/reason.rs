@@ -113,6 +113,8 @@ reasons! {
     NoMasqueradePort = 52, "no_masquerade_port", true;
     /// SCTP to another port than the one that was asked for: its checksum would have to be summed anew.
     SctpPort = 53, "sctp_port", true;
+    /// An address in a range of cluster IPs that no service has.
+    NoService = 54, "no_service", true;
     /// A rewrite of the packet failed in the kernel.
     RewriteFailed = 46, "rewrite_failed", true;
 }

@@ -208,6 +208,9 @@ pub mod backend_flags {
     pub const LOCAL: u16 = 1 << 0;
     /// About to end, serving because nothing else does.
     pub const TERMINATING: u16 = 1 << 1;
+    /// In the cluster-wide set; the bit above it stands for the set of this node. A client keeps a backend for as long
+    /// as it is in the set that the client's packets go to.
+    pub const IN_CLUSTER: u16 = 1 << 2;
 }
 
 /// A client of a service with session affinity, or a socket that sends datagrams without being connected.
@@ -433,7 +436,7 @@ pub struct ServiceConfig {
     pub masquerade_v4: Addr,
     /// The address that replaces a masqueraded IPv6 source, or [`Addr::UNSPECIFIED`].
     pub masquerade_v6: Addr,
-    /// Ranges of cluster IPs; what no service has in there is rejected. Unused ones have a mask of 0 and the address
+    /// Ranges of cluster IPs; what no service has in there is dropped. Unused ones have a mask of 0 and the address
     /// [`Addr::UNSPECIFIED`].
     pub ranges: [Range; MAX_SERVICE_RANGES],
     /// How many of them count.

@@ -125,12 +125,16 @@ fn namespace(name: &str) -> Netns {
     namespace
 }
 
+fn addr_of(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
 fn view() -> NodeView {
     let node: IpAddr = NODE_ADDRESS.parse().unwrap();
     NodeView {
         name: "node".to_owned(),
         addresses: vec![node],
-        node_port_addresses: vec![node],
+        node_port_addresses: vec![node, addr_of("127.0.0.1"), addr_of("::1")],
         ..NodeView::default()
     }
 }

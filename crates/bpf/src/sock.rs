@@ -184,7 +184,11 @@ fn forward<F: Family>(ctx: &SockAddrContext, datagram: bool) -> i32 {
             return FAIL;
         }
         // The packet path knows the source address, and drops what is to be dropped in silence.
-        Outcome::Untouched | Outcome::Drop | Outcome::OutOfRange | Outcome::UnknownSource => return PROCEED,
+        Outcome::Untouched
+        | Outcome::Unassigned
+        | Outcome::Drop
+        | Outcome::OutOfRange
+        | Outcome::UnknownSource => return PROCEED,
     }
     settle(cookie, datagram, &query, &choice);
     F::set_addr(ctx.sock_addr, &choice.addr);

@@ -6,7 +6,7 @@ use podway_abi::{
     Addr, CtKey,
     services::{
         Affinity, AffinityKey, Backend, FragmentKey, FragmentPorts, Frontend, FrontendKey, SetWord, SlotPair,
-        SourceRange, Translation, set_kind,
+        SourceRange, Translation, backend_flags, set_kind,
     },
 };
 use podway_datapath::{Scratch, service::ServiceHost};
@@ -47,11 +47,12 @@ impl HostServices {
     pub fn set(&mut self, service: u32, kind: u32, backends: &[Backend]) {
         let base = u32::try_from(self.slots.len()).expect("the cases have few slots");
         for backend in backends {
-            let known = self.backends.iter().position(|b| b == backend);
-            let id = known.unwrap_or_else(|| {
-                self.backends.push(*backend);
+            let same = |b: &Backend| b.service == service && (b.addr, b.port) == (backend.addr, backend.port);
+            let id = self.backends.iter().position(same).unwrap_or_else(|| {
+                self.backends.push(Backend { service, ..*backend });
                 self.backends.len() - 1
             });
+            self.backends[id].flags |= backend_flags::IN_CLUSTER << kind;
             self.slots.push(u32::try_from(id).expect("the cases have few backends"));
         }
         let count = u32::try_from(backends.len()).expect("the cases have few backends");

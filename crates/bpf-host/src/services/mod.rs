@@ -18,6 +18,7 @@ mod regions;
 mod report;
 mod sets;
 mod sockets;
+mod trace;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use podway_abi::{
     Addr,
-    services::{SetWord, set_kind},
+    services::{SetWord, backend_flags, set_kind},
 };
 use podway_services::table::{Backend, SetId, SetKind};
 
@@ -65,13 +65,14 @@ impl ServiceWriter {
         if let Some(held) = service.backends.get_mut(&(addr, backend.port)) {
             let fresh = held.uses & bit == 0;
             held.uses |= bit;
-            let id = held.id;
+            let (id, flags) = (held.id, flags | in_sets(held.uses));
             if held.flags != flags {
                 held.flags = flags;
                 self.set_backend_flags(id, backend.port, flags);
             }
             return Some((id, fresh));
         }
+        let flags = flags | in_sets(bit);
         let id = self.new_backend(number, addr, backend.port, proto, flags)?;
         let held = Held { id, uses: bit, flags };
         self.services.get_mut(&number)?.backends.insert((addr, backend.port), held);
@@ -172,9 +173,12 @@ impl ServiceWriter {
         }
         let keys: HashSet<(Addr, u16)> = wanted.iter().map(|b| (Addr::from(b.addr), b.port)).collect();
         let mut gone = Vec::new();
+        let mut left = Vec::new();
         service.backends.retain(|key, held| {
             if held.uses & bit != 0 && !keys.contains(key) {
                 held.uses &= !bit;
+                held.flags &= !in_sets(bit);
+                left.push((held.id, key.1, held.flags));
             }
             if held.uses == 0 {
                 gone.push(held.id);
@@ -182,6 +186,9 @@ impl ServiceWriter {
             held.uses != 0
         });
         report.backends_gone += gone.len();
+        for (id, port, flags) in left {
+            self.set_backend_flags(id, port, flags);
+        }
         for id in gone {
             self.free_backend(id);
         }
@@ -198,9 +205,12 @@ impl ServiceWriter {
     ) {
         let bit = 1u8 << kind;
         let Some(service) = self.services.get_mut(&number) else { return };
+        let mut left = Vec::new();
         for key in added {
             if let Some(held) = service.backends.get_mut(key) {
                 held.uses &= !bit;
+                held.flags &= !in_sets(bit);
+                left.push((held.id, key.1, held.flags));
             }
         }
         let survivors: Vec<Backend> = wanted
@@ -214,6 +224,10 @@ impl ServiceWriter {
             .iter()
             .filter_map(|b| service.backends.get(&(Addr::from(b.addr), b.port)).map(|h| h.id))
             .collect();
+        for (id, port, flags) in left {
+            self.set_backend_flags(id, port, flags);
+        }
+        let Some(service) = self.services.get(&number) else { return };
         // Fewer than before: they fit where they are. A region that is too large for them may stay.
         if let Some(region) = service.sets[kind]
             && !ids.is_empty()
@@ -265,4 +279,9 @@ impl ServiceWriter {
 /// Where a set's word is.
 pub(super) const fn word_index(number: u32, kind: usize) -> usize {
     number as usize * set_kind::PER_SERVICE as usize + kind
+}
+
+/// The flags that say which sets use a backend.
+const fn in_sets(uses: u8) -> u16 {
+    uses as u16 * backend_flags::IN_CLUSTER
 }

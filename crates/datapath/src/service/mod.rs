@@ -100,8 +100,10 @@ pub enum Outcome {
     Untouched,
     /// The backend in [`Choice`].
     Backend,
-    /// The address belongs to a service that has no such port, or to none at all: the sender is told.
+    /// The address belongs to a service that has no such port: the sender is told.
     Undefined,
+    /// The address is in a range of cluster IPs, and no service has it: silence, since it may be a service's soon.
+    Unassigned,
     /// Nobody serves: the sender is told.
     Reject,
     /// Nobody serves on this node though only this node's endpoints count: silence.
@@ -124,11 +126,11 @@ pub fn find(host: &impl ServiceHost, query: &Query, out: &mut Frontend) -> Outco
         *out = frontend;
         return Outcome::Backend;
     }
-    let mut bits = host.address(&query.dst);
-    // The node reaches node ports on loopback as well; for anybody else loopback is their own.
-    if matches!(query.origin, Origin::Node) && is_loopback(&query.dst) {
-        bits = address_flags::NODE_PORTS;
+    // Where node ports answer on loopback too, they do so for the node; for anybody else loopback is their own.
+    if is_loopback(&query.dst) && !matches!(query.origin, Origin::Node) {
+        return Outcome::Untouched;
     }
+    let bits = host.address(&query.dst);
     if bits & address_flags::NODE_PORTS != 0 {
         key.addr = if query.dst.is_v4() { ANY_V4 } else { Addr::UNSPECIFIED };
         key.scope = scope::NODE;
@@ -137,10 +139,10 @@ pub fn find(host: &impl ServiceHost, query: &Query, out: &mut Frontend) -> Outco
             return Outcome::Backend;
         }
     }
-    if bits & address_flags::VIP != 0 || (bits == 0 && host.in_service_range(&query.dst)) {
+    if bits & address_flags::VIP != 0 {
         return Outcome::Undefined;
     }
-    Outcome::Untouched
+    if bits == 0 && host.in_service_range(&query.dst) { Outcome::Unassigned } else { Outcome::Untouched }
 }
 
 /// Decides about one query: [`find`], the route of its origin, the source ranges, and a backend of the set.

@@ -107,7 +107,7 @@ pub(super) fn pick(
 fn kept(host: &impl ServiceHost, had: &Affinity, service: u32, kind: u32, choice: &mut Choice) -> bool {
     let Some(backend) = host.backend(had.backend) else { return false };
     let same = backend.service == service && backend.incarnation == had.incarnation;
-    let counts = kind == set_kind::CLUSTER || backend.flags & backend_flags::LOCAL != 0;
+    let counts = backend.flags & (backend_flags::IN_CLUSTER << kind) != 0;
     if same && counts {
         choice.take(had.backend, &backend);
     }

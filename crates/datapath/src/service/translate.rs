@@ -58,6 +58,7 @@ pub fn translate(
     match choose(host, &scratch.query, &mut scratch.choice) {
         Outcome::Untouched => Ok(Step::Plain),
         Outcome::Undefined | Outcome::Reject => Err(Reason::Rejected),
+        Outcome::Unassigned => Err(Reason::NoService),
         Outcome::Drop => Err(Reason::NoLocalEndpoint),
         Outcome::OutOfRange | Outcome::UnknownSource => Err(Reason::OutOfSourceRange),
         Outcome::Backend => {
