@@ -1,4 +1,5 @@
 //! Cases of other projects, and random clusters, with crafted packets through what the writers write.
+
 #[path = "common/wire.rs"]
 #[allow(clippy::unwrap_used, unreachable_pub, dead_code, reason = "test code")]
 mod wire;

@@ -1,9 +1,5 @@
 //! Restarts, damage, refusals: what the kernel holds stays right, and what is not ours stays as it is.
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test stops at the first surprise, and says what it leaves out"
-)]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 
