@@ -319,6 +319,11 @@ impl Network {
         // A packet of another node itself comes out of the tunnel with a source that is routed over the
         // underlay: strict reverse-path filtering (RFC 3704) would drop it. Loose, whatever `all` says.
         sysctl::write_if_present(&format!("net/ipv4/conf/{TUNNEL_DEVICE}/rp_filter"), "2")?;
+        // Loose filtering is strict on a device without an address. (Only what is forwarded into a pod by the stack
+        // comes so far: where services are translated by rules.)
+        let gateway = IpNet::from(IpAddr::V4(GATEWAY_V4));
+        let flags = AddressFlags { link_scope: true, no_prefix_route: true, ..AddressFlags::default() };
+        self.netlink.add_address(link.index, gateway, flags)?;
         Ok(link.index)
     }
 
