@@ -36,8 +36,14 @@ impl Scratch {
             println!("skipped: needs root");
             return None;
         }
+        // What earlier runs left when they crashed.
+        for old in Netns::list_named(&format!("{name}-")).expect("namespaces can be listed") {
+            let pid = old.rsplit('-').next().unwrap_or_default();
+            if !PathBuf::from("/proc").join(pid).exists() {
+                let _ = Netns::delete_named(&old);
+            }
+        }
         let name = format!("{name}-{}", std::process::id());
-        Netns::delete_named(&name).expect("the left-over of a crash goes");
         let namespace = Netns::create_named(&name).expect("a network namespace");
         Some(Self { name, namespace })
     }
