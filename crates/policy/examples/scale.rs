@@ -16,7 +16,7 @@ fn pod(i: usize, application: usize) -> Update {
     let namespace = i % NAMESPACES;
     let labels = json!({"app": format!("app-{application}"), "pod-template-hash": format!("{i:x}")});
     let value = json!({"metadata": {"namespace": format!("ns-{namespace}"), "name": format!("pod-{i}"), "labels": labels},
-        "spec": {"nodeName": "node-1", "containers": [{"ports": [{"name": "http", "containerPort": 8080}]}]},
+        "spec": {"nodeName": format!("node-{}", i % 101), "containers": [{"ports": [{"name": "http", "containerPort": 8080}]}]},
         "status": {"podIP": format!("10.{}.{}.{}", i >> 16, (i >> 8) & 255, i & 255)}});
     Update::Pod(Pod::parse(&value).expect("the example's own pods are well-formed"))
 }
@@ -56,17 +56,24 @@ fn percentile(times: &mut [Duration], of: usize) -> Duration {
 }
 
 fn main() {
-    for (pods, policies) in [(1_000, 500), (10_000, 1_000), (10_000, 10_000)] {
+    for (pods, policies, node) in [
+        (1_000, 500, None),
+        (10_000, 1_000, None),
+        (10_000, 1_000, Some("node-1")),
+        (10_000, 10_000, Some("node-1")),
+        (10_000, 10_000, None),
+    ] {
         let mut updates: Vec<Update> = namespaces().collect();
         updates.extend((0..pods).map(|i| pod(i, (i / NAMESPACES) % 10)));
         updates.extend((0..policies).map(policy));
         let before = resident();
         let start = Instant::now();
-        let mut compiler = Compiler::for_cluster();
+        let mut compiler = node.map_or_else(Compiler::for_cluster, Compiler::for_node);
         let changes = compiler.apply(updates).len();
         let took = start.elapsed();
         println!(
-            "{pods} pods, {policies} policies: compiled from nothing in {:.0} ms, {changes} changes, {:.0} MB more",
+            "{pods} pods, {policies} policies, {}: compiled from nothing in {:.0} ms, {changes} changes, {:.0} MB more",
+            node.map_or("all pods as endpoints", |_| "one node of 101"),
             took.as_secs_f64() * 1e3,
             resident() - before
         );

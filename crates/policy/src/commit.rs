@@ -399,10 +399,14 @@ impl Compiler {
                 }
             }
         }
+        let (mut known, mut known_of) = (HashMap::new(), None);
         for (id, direction, class) in wanted {
+            if known_of.replace((id, direction)) != Some((id, direction)) {
+                known.clear();
+            }
             let key = self.classes.key(class);
             let Some(set) = self.sets.get_mut(id) else { continue };
-            let entries = set.compile(direction, &key, &self.atoms);
+            let entries = set.compile(direction, &key, &self.atoms, &mut known);
             if entries.is_empty() {
                 continue;
             }
@@ -410,7 +414,7 @@ impl Compiler {
             if let Some(class) = self.classes.get_mut(class) {
                 class.sets.insert(id);
             }
-            step.prepare.push(Change::Verdicts(id, direction, class, Some(entries.into())));
+            step.prepare.push(Change::Verdicts(id, direction, class, Some(entries)));
         }
     }
 

@@ -62,13 +62,20 @@ impl SetRules {
 
     /// The rules that match a peer with these atoms, in order.
     pub(crate) fn matching(&self, key: &[AtomId]) -> Vec<&SetRule> {
+        self.matching_indexes(key).into_iter().map(|i| &self.rules[i as usize]).collect()
+    }
+
+    fn matching_indexes(&self, key: &[AtomId]) -> Vec<u32> {
         let mut found = self.any.clone();
         found.extend(key.iter().filter_map(|atom| self.by_atom.get(atom)).flatten());
         found.sort_unstable();
         found.dedup();
-        found.into_iter().map(|i| &self.rules[i as usize]).collect()
+        found
     }
 }
+
+/// Which rules match, and the ports of the target that they ask for by name.
+pub(crate) type Match = (Vec<u32>, Vec<NamedPort>);
 
 #[derive(Debug)]
 pub(crate) struct Set {
@@ -120,14 +127,29 @@ impl Set {
         Self { key, info: Arc::new(info), rules, base, users: 0, classes: BTreeSet::new() }
     }
 
-    /// The entries of a class; none when the answers are those of class 0.
-    pub(crate) fn compile(&self, direction: Direction, class: &[AtomId], atoms: &Atoms) -> Vec<Entry> {
+    /// The entries of a class; none when the answers are those of class 0. `known` keeps them for classes that the same
+    /// rules match in the same way, within one set and direction.
+    pub(crate) fn compile(
+        &self,
+        direction: Direction,
+        class: &[AtomId],
+        atoms: &Atoms,
+        known: &mut HashMap<Match, Arc<[Entry]>>,
+    ) -> Arc<[Entry]> {
         let base = &self.base[at(direction)];
         if class.is_empty() {
             let isolation = Isolation::of(&self.info, direction);
-            return base.encode(&Lanes::constant(isolation.default_verdict()));
+            return base.encode(&Lanes::constant(isolation.default_verdict())).into();
         }
-        self.lanes(direction, class, atoms).encode(base)
+        let rules = &self.rules[at(direction)];
+        let asked = |port: &&NamedPort| rules.names.contains(&port.name);
+        let ports = if rules.names.is_empty() {
+            Vec::new()
+        } else {
+            ports_of(class, atoms).filter(asked).cloned().collect()
+        };
+        let matched = known.entry((rules.matching_indexes(class), ports));
+        Arc::clone(matched.or_insert_with(|| self.lanes(direction, class, atoms).encode(base).into()))
     }
 
     /// The verdicts for a class.
