@@ -43,7 +43,7 @@ const TOGETHER: usize = 4096;
 /// Longest time without a look around.
 const TURN: Duration = Duration::from_millis(250);
 /// How often the kernel is compared with what should be there.
-const AUDIT: Duration = Duration::from_secs(8);
+const AUDIT: Duration = Duration::from_secs(5);
 /// How often the node's addresses are read.
 const ADDRESSES: Duration = Duration::from_secs(5);
 /// How often counters are read for the metrics.
