@@ -52,6 +52,10 @@ const NOBODY: u16 = 91;
 const SILENCE: u16 = 92;
 /// To a port of the second pod where nobody listens.
 const CLOSED: u16 = 93;
+/// To a process on each node, in the node's own namespace.
+const ON_NODES: [u16; 2] = [95, 96];
+/// What such a process answers as: this and the node's index.
+const NODE_NUMBER: usize = 10;
 /// Node ports to each pod, with the node's address as source.
 const NODE_PORTS: [u16; 3] = [30_080, 30_081, 30_082];
 /// Node port to the first pod, the source kept.
@@ -125,6 +129,9 @@ impl World {
             attach(&world.nodes[on], &pod, index, addresses, offload);
             serve(&pod, index);
             world.pods.push(pod);
+        }
+        for (index, node) in world.nodes.iter().enumerate() {
+            serve(&node.namespace, NODE_NUMBER + index - 1);
         }
         world
     }
@@ -457,6 +464,11 @@ fn of_protocol(node: usize, family: usize, protocol: Protocol, all: &mut Vec<Tab
     };
     let each = [0, 1, 2].map(|i| service(i, backends(family, node, &[i], TARGET)));
     let every = service(3, backends(family, node, &[0, 1, 2], TARGET));
+    let on_nodes = [0, 1].map(|i: usize| {
+        let addr = addr(NODES[i][family]);
+        let backend = Backend { addr, port: TARGET + family as u16, local: i == node, terminating: false };
+        service(5 + i, [backend].into())
+    });
     let closed = service(4, backends(family, node, &[1], TARGET + 1000));
     let mut frontend = |at, port, service, kind, routes| {
         let key = FrontendKey { addr: at, port, protocol };
@@ -472,6 +484,9 @@ fn of_protocol(node: usize, family: usize, protocol: Protocol, all: &mut Vec<Tab
     for (i, service) in each.into_iter().enumerate() {
         frontend(vip, EACH[i], service, kind, routed(CLUSTER, false));
         frontend(any, NODE_PORTS[i], service, FrontendKind::NodePort, routed(CLUSTER, true));
+    }
+    for (port, service) in ON_NODES.into_iter().zip(on_nodes) {
+        frontend(vip, port, service, kind, routed(CLUSTER, false));
     }
     frontend(vip, ALL, every, kind, routed(CLUSTER, false));
     frontend(vip, NOBODY, every, kind, routed(Target::Reject, false));
@@ -558,6 +573,18 @@ fn from_pods(world: &World, family: usize) {
     let answered: HashSet<usize> =
         (0..30).map(|_| world.pod(0, || tcp(to(VIP[family], ALL))).unwrap().0).collect();
     assert_eq!(answered.len(), 3, "every backend is chosen");
+    // What serves on the nodes themselves: the answers come from the stack.
+    for (i, port) in ON_NODES.into_iter().enumerate() {
+        let vip = to(VIP[family], port);
+        let wanted = (NODE_NUMBER + i, addr(PODS[0].1[family]));
+        expect(world, &format!("TCP to node {} by {vip}", i + 1), world.pod(0, || tcp(vip)), wanted);
+        expect(
+            world,
+            &format!("UDP to node {} by {vip}", i + 1),
+            world.pod(0, || ask(&connected(vip), 10)),
+            wanted,
+        );
+    }
     // A node port of the other node.
     let node_port = to(NODES[1][family], NODE_PORTS[2]);
     let got = world.pod(0, || tcp(node_port));
