@@ -49,6 +49,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 exec >/dev/ttyS1 2>&1 </dev/null
 stty raw -echo </dev/ttyS1
 hostname podway-vm
+ulimit -n 16384
 ip link set lo up
 # Some modules put a device of their own into every namespace, where tests count devices.
 echo 2 >/proc/sys/net/core/fb_tunnels_only_for_init_net

@@ -191,7 +191,7 @@ impl World {
         for listener in tcp {
             let (name, stop) = (member.to_owned(), Arc::clone(&self.stop));
             // accept() waits that long, too; hundreds of threads that looked every moment would take the machine.
-            socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            socket2::SockRef::from(&listener).set_read_timeout(Some(Duration::from_millis(500))).unwrap();
             thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     match listener.accept() {
@@ -205,7 +205,7 @@ impl World {
         }
         for socket in udp {
             let (name, stop) = (member.to_owned(), Arc::clone(&self.stop));
-            socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
             thread::spawn(move || {
                 let mut buffer = [0; 512];
                 while !stop.load(Ordering::Relaxed) {
