@@ -15,7 +15,10 @@ use serde_json::Value;
 /// It cannot be read, or is not YAML.
 pub fn yaml(path: &Path) -> Result<Value> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_saphyr::from_str(&text).with_context(|| format!("{} is not YAML", path.display()))
+    // As in YAML 1.2: `y` is a name, not a truth.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(&text, options)
+        .with_context(|| format!("{} is not YAML", path.display()))
 }
 
 /// The YAML files of a folder, sorted.
