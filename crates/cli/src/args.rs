@@ -15,6 +15,7 @@ use podway_lab::roll::Workload;
 use podway_lab::spec::{self, LabName, LabSpec};
 
 use crate::bench::Bench;
+use crate::policy::Policy;
 
 /// Kubernetes networking in one binary
 #[derive(Debug, Parser)]
@@ -39,6 +40,9 @@ pub(crate) enum Command {
     Cleanup(Cleanup),
     /// Show Services as a node serves them: where they answer, by whom, and why each endpoint is used or not
     Services(Services),
+    /// Work out what network policies come to, and why
+    #[command(subcommand)]
+    Policy(Policy),
     /// List the connections that the datapath tracks
     Conntrack(Conntrack),
     /// Measure Podway beside what it competes with, on this machine

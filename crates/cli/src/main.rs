@@ -10,6 +10,7 @@ mod cleanup;
 mod internal;
 mod lab;
 mod output;
+mod policy;
 mod services;
 
 use std::path::Path;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
             None => agent::cleanup(&args),
         },
         Command::Services(args) => services::run(&args),
+        Command::Policy(command) => policy::run(command),
         Command::Conntrack(args) => agent::conntrack(&args),
         Command::Bench(command) => bench::run(command),
         Command::Internal(command) => internal::run(command),

@@ -1,0 +1,432 @@
+//! `podway policy`: what network policies come to, worked out from objects alone.
+
+mod cluster;
+mod picture;
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Subcommand};
+use podway_lab::spec::LabName;
+use podway_model::Protocol;
+use podway_policy::{Explanation, Piece, Reachability, Side, explain};
+use serde_json::{Value, json};
+
+use crate::args::{Format, OutputFormat};
+use crate::output::{self, table};
+use crate::{FAILED, OK, USAGE};
+use cluster::{Addresses, Cluster, Group};
+use picture::Extent;
+
+/// Pairs that the text output lists; JSON has all.
+const ROWS: usize = 200;
+/// Workloads that a picture shows.
+const PICTURE: usize = 200;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Policy {
+    /// Work out from manifests who can talk to whom, and by which rules
+    ///
+    /// Needs no cluster. Workloads stand for their pods. Exits with 1 when an object is refused.
+    Check(Check),
+    /// Say whether a connection is allowed, by which rules at both ends, and what came closest to allowing it
+    ///
+    /// Exits with 0 when it is allowed, with 1 when it is denied, with 2 on errors.
+    Explain(Explain),
+    /// Show what changed manifests would open and close
+    ///
+    /// Exits with 0 when nothing would change, with 1 when something would, with 2 on errors.
+    Diff(Diff),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Manifest files and folders
+    #[arg(required = true, value_name = "FILE|DIR")]
+    manifests: Vec<PathBuf>,
+    /// List pairs, too, between which everything is allowed
+    #[arg(long)]
+    all: bool,
+    /// Write the matrix as a picture (SVG)
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Explain {
+    /// Workload or pod (namespace/name), or an address
+    source: String,
+    /// Workload or pod (namespace/name), or an address
+    target: String,
+    /// Port with protocol: 80, 53/UDP, 5000/SCTP; or icmp
+    #[arg(value_parser = parse_port)]
+    port: Port,
+    /// Manifest files and folders
+    #[arg(short, long = "filename", num_args = 1.., value_name = "FILE|DIR", required_unless_present = "lab")]
+    filenames: Vec<PathBuf>,
+    /// The objects of this running lab, instead of manifests
+    #[arg(long, conflicts_with = "filenames")]
+    lab: Option<LabName>,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// Manifest file or folder as it is
+    old: PathBuf,
+    /// Manifest file or folder as it would be
+    new: PathBuf,
+    #[command(flatten)]
+    format: Format,
+}
+
+/// IP protocol number, and port.
+#[derive(Debug, Clone, Copy)]
+struct Port(u8, u16);
+
+fn parse_port(text: &str) -> Result<Port, String> {
+    if text.eq_ignore_ascii_case("icmp") {
+        return Ok(Port(1, 0));
+    }
+    let (port, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
+    let protocol = Protocol::from_name(&protocol.to_uppercase())
+        .ok_or_else(|| format!("{protocol:?} is none of TCP, UDP, SCTP"))?;
+    match port.parse() {
+        Ok(port @ 1..) => Ok(Port(protocol.number(), port)),
+        _ => Err(format!("{port:?} is not a port (1 to 65535)")),
+    }
+}
+
+pub(crate) fn run(command: Policy) -> anyhow::Result<u8> {
+    // Denied and different are answers, with a code of their own; so errors have another.
+    let or_error = |result: anyhow::Result<u8>| {
+        result.or_else(|error| {
+            output::error(&format!("podway: {error:#}"));
+            Ok(USAGE)
+        })
+    };
+    match command {
+        Policy::Check(args) => check(&args),
+        Policy::Explain(args) => or_error(explain_one(&args)),
+        Policy::Diff(args) => or_error(diff(&args)),
+    }
+}
+
+fn tell(cluster: &Cluster) {
+    cluster.problems.iter().for_each(|p| output::error(&format!("refused: {p}")));
+    cluster.notes.iter().for_each(|n| output::error(&format!("note: {n}")));
+}
+
+/// What is allowed, in words: `everything`, `nothing`, or protocols with ports.
+fn allowed(pieces: &[Piece]) -> (Extent, String) {
+    if pieces.iter().all(Piece::allow) {
+        return (Extent::Everything, "everything".to_owned());
+    }
+    let mut parts: Vec<(Option<Protocol>, Vec<(u16, u16)>)> = Vec::new();
+    for piece in pieces.iter().filter(|p| p.allow()) {
+        match parts.last_mut() {
+            Some((protocol, ranges)) if *protocol == piece.protocol => match ranges.last_mut() {
+                Some((_, last)) if *last + 1 == piece.first => *last = piece.last,
+                _ => ranges.push((piece.first, piece.last)),
+            },
+            _ => parts.push((piece.protocol, vec![(piece.first, piece.last)])),
+        }
+    }
+    if parts.is_empty() {
+        return (Extent::Nothing, "nothing".to_owned());
+    }
+    let range = |(first, last): &(u16, u16)| match (first, last) {
+        (0, &u16::MAX) => "any".to_owned(),
+        (first, last) if first == last => first.to_string(),
+        (first, last) => format!("{first}-{last}"),
+    };
+    let part = |(protocol, ranges): &(Option<Protocol>, Vec<(u16, u16)>)| match protocol {
+        None => "other protocols".to_owned(),
+        Some(protocol) => format!("{protocol} {}", ranges.iter().map(range).collect::<Vec<_>>().join(",")),
+    };
+    (Extent::Something, parts.iter().map(part).collect::<Vec<_>>().join("; "))
+}
+
+/// The addresses by which two groups are judged; `None` when a single pod would be asked about itself.
+fn pair(source: &Group, target: &Group) -> Option<(IpAddr, IpAddr)> {
+    if source.name == target.name {
+        Some((source.address, target.other?))
+    } else {
+        Some((source.address, target.address))
+    }
+}
+
+/// The reason for a pair: of the ports that are allowed, else of a port that the target serves.
+fn reason(cluster: &Cluster, target: &Group, pair: (IpAddr, IpAddr), pieces: &[Piece]) -> Explanation {
+    let open = pieces.iter().find(|p| p.allow());
+    let (protocol, port) = match open {
+        Some(piece) => (piece.protocol.map_or(1, Protocol::number), piece.first),
+        None => target.served.first().map_or((6, 80), |(protocol, port)| (protocol.number(), *port)),
+    };
+    explain(&cluster.compiler, pair.0, pair.1, protocol, port)
+}
+
+fn side_json(side: &Side) -> Value {
+    let names = |list: &[podway_policy::PolicyRef]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+    json!({
+        "allowed": side.verdict.allow,
+        "audit": side.verdict.audit,
+        "rule": side.rule.as_ref().map(|rule| json!({
+            "policy": rule.policy.to_string(), "kind": rule.policy.kind, "namespace": &*rule.policy.namespace,
+            "name": &*rule.policy.name, "direction": rule.direction.field(), "index": rule.index,
+            "field": format!("spec.{}[{}]", rule.direction, rule.index), "ruleName": rule.name})),
+        "isolating": names(&side.isolating),
+        "selecting": names(&side.selecting),
+        "reason": side.to_string(),
+        "nearest": side.nearest.as_ref().map(ToString::to_string),
+    })
+}
+
+fn check(args: &Check) -> anyhow::Result<u8> {
+    let cluster = cluster::from_manifests(&args.manifests, &mut Addresses::default())?;
+    tell(&cluster);
+    let mut reach = Reachability::new(&cluster.compiler);
+    let (mut pairs, mut counts) = (Vec::new(), [0_usize; 3]);
+    for source in &cluster.groups {
+        for target in &cluster.groups {
+            let Some(addresses) = pair(source, target) else { continue };
+            let pieces = reach.between(addresses.0, addresses.1);
+            let extent = extent(&pieces);
+            counts[extent as usize] += 1;
+            if args.all || extent != Extent::Everything {
+                pairs.push((source, target, addresses, pieces));
+            }
+        }
+    }
+    if let Some(path) = &args.save {
+        save(path, &cluster, &mut reach)?;
+    }
+    match args.format.output {
+        OutputFormat::Json => {
+            let pair_json =
+                |(source, target, addresses, pieces): &(&Group, &Group, _, std::sync::Arc<[Piece]>)| {
+                    let why = reason(&cluster, target, *addresses, pieces);
+                    json!({"source": source.name, "target": target.name, "allowed": allowed(pieces).1,
+                    "egress": side_json(&why.egress), "ingress": side_json(&why.ingress)})
+                };
+            output::json(&json!({
+                "pairs": pairs.iter().map(pair_json).collect::<Vec<_>>(),
+                "everything": counts[0], "something": counts[1], "nothing": counts[2],
+                "refused": cluster.problems, "notes": cluster.notes,
+            }))?;
+        }
+        OutputFormat::Text => {
+            let mut rows = vec![["SOURCE", "TARGET", "ALLOWED", "BY"].map(str::to_owned).to_vec()];
+            for (source, target, addresses, pieces) in pairs.iter().take(ROWS) {
+                let why = reason(&cluster, target, *addresses, pieces);
+                rows.push(vec![source.name.clone(), target.name.clone(), allowed(pieces).1, by(&why)]);
+            }
+            if rows.len() > 1 {
+                output::print(&table(&rows));
+            }
+            let more = pairs.len().saturating_sub(ROWS);
+            let more = if more > 0 { format!(" ({more} more pairs are in -o json)") } else { String::new() };
+            output::print(&format!(
+                "{} workloads and pods, {} policies: of {} pairs, {} may do everything, {} something, {} nothing{more}\n",
+                cluster.groups.len(),
+                cluster.compiler.size().policies,
+                counts.iter().sum::<usize>(),
+                counts[0],
+                counts[1],
+                counts[2]
+            ));
+        }
+    }
+    Ok(if cluster.problems.is_empty() { OK } else { FAILED })
+}
+
+fn extent(pieces: &[Piece]) -> Extent {
+    let open = pieces.iter().filter(|p| p.allow()).count();
+    if open == pieces.len() {
+        Extent::Everything
+    } else if open > 0 {
+        Extent::Something
+    } else {
+        Extent::Nothing
+    }
+}
+
+/// Who decided, in few words.
+fn by(why: &Explanation) -> String {
+    let short = |side: &Side| {
+        if side.exempt.is_some() || side.selecting.is_empty() || why.allow != side.verdict.allow {
+            return None;
+        }
+        Some(match &side.rule {
+            Some(rule) => rule.to_string(),
+            None if side.verdict.allow => return None,
+            None => {
+                let names: Vec<String> = side.isolating.iter().map(ToString::to_string).collect();
+                format!("{} default of {}", side.direction, names.join(", "))
+            }
+        })
+    };
+    [&why.egress, &why.ingress].into_iter().filter_map(short).collect::<Vec<_>>().join("; ")
+}
+
+fn save(path: &PathBuf, cluster: &Cluster, reach: &mut Reachability<'_>) -> anyhow::Result<()> {
+    let groups = &cluster.groups;
+    if groups.len() > PICTURE {
+        bail!("--save: {} workloads are too many for a picture, which shows {PICTURE}", groups.len());
+    }
+    let names: Vec<&str> = groups.iter().map(|g| g.name.as_str()).collect();
+    let svg = picture::draw(&names, |row, column| match pair(&groups[row], &groups[column]) {
+        Some((source, target)) => allowed(&reach.between(source, target)),
+        None => (Extent::Everything, "itself".to_owned()),
+    });
+    std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn explain_one(args: &Explain) -> anyhow::Result<u8> {
+    let cluster = match &args.lab {
+        Some(lab) => cluster::from_lab(lab)?,
+        None => cluster::from_manifests(&args.filenames, &mut Addresses::default())?,
+    };
+    tell(&cluster);
+    let source = find(&cluster, &args.source, false)?;
+    // The second pod of a workload, when it is asked about itself.
+    let target = find(&cluster, &args.target, args.source == args.target)?;
+    let Port(protocol, port) = args.port;
+    let why = explain(&cluster.compiler, source, target, protocol, port);
+    match args.format.output {
+        OutputFormat::Json => output::json(&json!({
+            "source": why.source.to_string(), "target": why.target.to_string(), "protocol": protocol, "port": port,
+            "allowed": why.allow, "egress": side_json(&why.egress), "ingress": side_json(&why.ingress),
+        }))?,
+        OutputFormat::Text => {
+            let mut out = format!("{}\n", if why.allow { "ALLOWED" } else { "DENIED" });
+            for (side, who) in [(&why.egress, &why.source), (&why.ingress, &why.target)] {
+                let _ = writeln!(out, "{} of {who}: {side}", side.direction);
+                if let Some(nearest) = &side.nearest {
+                    let _ = writeln!(out, "    {nearest}");
+                }
+            }
+            output::print(&out);
+        }
+    }
+    Ok(if why.allow { OK } else { FAILED })
+}
+
+fn find(cluster: &Cluster, text: &str, other: bool) -> anyhow::Result<IpAddr> {
+    if let Ok(addr) = text.parse() {
+        return Ok(addr);
+    }
+    let full = if text.contains('/') { text.to_owned() } else { format!("default/{text}") };
+    match cluster.groups.iter().find(|group| group.name == full) {
+        Some(group) => Ok(group.other.filter(|_| other).unwrap_or(group.address)),
+        None => {
+            let names: Vec<&str> = cluster.groups.iter().take(10).map(|g| g.name.as_str()).collect();
+            bail!("there is no workload or pod {full}; there are {}, …", names.join(", "))
+        }
+    }
+}
+
+fn diff(args: &Diff) -> anyhow::Result<u8> {
+    let mut addresses = Addresses::default();
+    let old = cluster::from_manifests(std::slice::from_ref(&args.old), &mut addresses)?;
+    let new = cluster::from_manifests(std::slice::from_ref(&args.new), &mut addresses)?;
+    tell(&old);
+    tell(&new);
+    let (mut reach_old, mut reach_new) = (Reachability::new(&old.compiler), Reachability::new(&new.compiler));
+    let mut rows = Vec::new();
+    for source in &new.groups {
+        let Some(old_source) = old.groups.iter().find(|g| g.name == source.name) else { continue };
+        for target in &new.groups {
+            let Some(old_target) = old.groups.iter().find(|g| g.name == target.name) else { continue };
+            let (Some(before), Some(after)) = (pair(old_source, old_target), pair(source, target)) else {
+                continue;
+            };
+            let was = reach_old.between(before.0, before.1);
+            let is = reach_new.between(after.0, after.1);
+            let (was_text, is_text) = (allowed(&was).1, allowed(&is).1);
+            if was_text == is_text {
+                continue;
+            }
+            let kind = match (covers(&is, &was), covers(&was, &is)) {
+                (true, _) => "opens",
+                (_, true) => "closes",
+                _ => "changes",
+            };
+            rows.push((
+                kind,
+                &source.name,
+                &target.name,
+                was_text,
+                is_text,
+                by(&reason(&new, target, after, &is)),
+            ));
+        }
+    }
+    let names = |cluster: &Cluster| cluster.groups.iter().map(|g| g.name.clone()).collect::<Vec<_>>();
+    let (old_names, new_names) = (names(&old), names(&new));
+    let added: Vec<&String> = new_names.iter().filter(|n| !old_names.contains(n)).collect();
+    let removed: Vec<&String> = old_names.iter().filter(|n| !new_names.contains(n)).collect();
+    match args.format.output {
+        OutputFormat::Json => {
+            let refused = [old.problems, new.problems].concat();
+            let row = |(kind, source, target, was, is, by): &(
+                &str,
+                &String,
+                &String,
+                String,
+                String,
+                String,
+            )| {
+                json!({"change": kind, "source": source, "target": target, "was": was, "is": is, "by": by})
+            };
+            output::json(&json!({"changes": rows.iter().map(row).collect::<Vec<_>>(), "added": added,
+                "removed": removed, "refused": refused}))?;
+        }
+        OutputFormat::Text => {
+            let mut lines =
+                vec![["CHANGE", "SOURCE", "TARGET", "WAS", "IS", "BY"].map(str::to_owned).to_vec()];
+            for (kind, source, target, was, is, by) in rows.iter().take(ROWS) {
+                lines.push(vec![
+                    (*kind).to_owned(),
+                    (*source).clone(),
+                    (*target).clone(),
+                    was.clone(),
+                    is.clone(),
+                    by.clone(),
+                ]);
+            }
+            if rows.is_empty() {
+                output::print("nothing opens and nothing closes between workloads that are in both\n");
+            } else {
+                output::print(&table(&lines));
+            }
+            if rows.len() > ROWS {
+                output::print(&format!("and {} more pairs; -o json lists all\n", rows.len() - ROWS));
+            }
+            for (text, names) in
+                [("only in the new manifests", &added), ("only in the old manifests", &removed)]
+            {
+                for name in names {
+                    output::print(&format!("{text}: {name}\n"));
+                }
+            }
+        }
+    }
+    let same = rows.is_empty() && added.is_empty() && removed.is_empty();
+    Ok(if same { OK } else { FAILED })
+}
+
+/// Whether everything that `small` allows is allowed by `large`, too.
+fn covers(large: &[Piece], small: &[Piece]) -> bool {
+    small.iter().filter(|p| p.allow()).all(|piece| {
+        large
+            .iter()
+            .filter(|p| p.protocol == piece.protocol && !p.allow())
+            .all(|closed| closed.last < piece.first || piece.last < closed.first)
+    })
+}
