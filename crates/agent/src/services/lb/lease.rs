@@ -13,11 +13,11 @@ use tracing::{debug, info};
 /// Where the Lease is.
 const NAMESPACE: &str = "kube-system";
 /// For how long a Lease holds without being renewed.
-const DURATION: Duration = Duration::from_secs(8);
+const DURATION: Duration = Duration::from_secs(5);
 /// How long after a renewal its holder acts. Shorter, so that two never act at the same time.
-const ACTS_FOR: Duration = Duration::from_secs(6);
+const ACTS_FOR: Duration = Duration::from_secs(4);
 /// Between two renewals.
-const RENEW: Duration = Duration::from_secs(2);
+const RENEW: Duration = Duration::from_secs(1);
 
 /// A candidate.
 #[derive(Debug)]
