@@ -367,10 +367,12 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::needless_pass_by_value, reason = "callers write the value in place")]
     fn parse(kind: &str, spec: Value) -> Result<ClusterNetworkPolicy, Rejection> {
         ClusterNetworkPolicy::parse(&json!({"kind": kind, "metadata": {"name": "p"}, "spec": spec}))
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "callers write the value in place")]
     fn egress(rule: Value) -> Result<ClusterNetworkPolicy, Rejection> {
         parse(
             "ClusterNetworkPolicy",

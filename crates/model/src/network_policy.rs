@@ -221,6 +221,7 @@ mod tests {
     use super::*;
     use crate::Protocol;
 
+    #[expect(clippy::needless_pass_by_value, reason = "callers write the value in place")]
     fn policy(spec: Value) -> Result<NetworkPolicy, Rejection> {
         NetworkPolicy::parse(&json!({"metadata": {"name": "p", "namespace": "n"}, "spec": spec}))
     }

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use podway_model::{Labels, Namespace, NetworkPolicy, Pod};
-use podway_policy::{Compiler, Update};
+use podway_policy::{Compiler, Piece, Reachability, Update};
 use serde_json::json;
 
 const NAMESPACES: usize = 100;
@@ -78,6 +78,22 @@ fn main() {
             resident() - before
         );
         println!("    {:?}", compiler.size());
+        if pods <= 1_000 {
+            let start = Instant::now();
+            let addresses: Vec<_> = compiler.pods().flat_map(|pod| pod.addresses.clone()).collect();
+            let mut reach = Reachability::new(&compiler);
+            let mut open = 0;
+            for source in &addresses {
+                for target in &addresses {
+                    open += usize::from(reach.between(*source, *target).iter().any(Piece::allow));
+                }
+            }
+            println!(
+                "    all {} pairs over all ports in {:.0} ms, {open} of them may do something",
+                addresses.len() * addresses.len(),
+                start.elapsed().as_secs_f64() * 1e3
+            );
+        }
         let size = compiler.size();
         let mut times: Vec<Duration> = Vec::new();
         let mut most = 0;

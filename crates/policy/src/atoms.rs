@@ -85,10 +85,10 @@ impl Atoms {
             list.remove(&id);
         }
         match &*atom.key {
-            AtomKey::Pods(Namespaces::Named(name), _) => {
-                if self.of_namespace.get(name).is_some_and(BTreeSet::is_empty) {
-                    self.of_namespace.remove(name);
-                }
+            AtomKey::Pods(Namespaces::Named(name), _)
+                if self.of_namespace.get(name).is_some_and(BTreeSet::is_empty) =>
+            {
+                self.of_namespace.remove(name);
             }
             AtomKey::Port(port) => {
                 if let Some((_, atoms)) = self.names.get_mut(&port.name) {
