@@ -546,6 +546,7 @@ fn run(prefix: &str, overlay: bool, offload: bool) {
         refused(&world, family);
         from_outside(&world, family);
         fragments(&world, family);
+        counters(&world, family);
         moving(&mut world, family);
     }
 }
@@ -636,6 +637,29 @@ fn fragments(world: &World, family: usize) {
         let got = world.client.run(|| ask(&connected(node_port), 5000)).unwrap();
         expect(world, "fragments from outside", got, (at + 1, addr(NODES[0][family])));
     }
+}
+
+/// What is counted of the first pod's packets to the second one.
+fn counters(world: &World, family: usize) {
+    let service = id(family, Protocol::Udp, 1);
+    let count = || {
+        let counts = world.nodes[0].writer.as_ref().unwrap().counters();
+        let of = counts.into_iter().find(|c| c.id == service).unwrap();
+        (of.connections, of.packets, of.bytes)
+    };
+    let socket = world.pod(0, || connected(to(VIP[family], EACH[1])));
+    let before = count();
+    for _ in 0..3 {
+        ask(&socket, 10).unwrap();
+    }
+    let after = count();
+    assert_eq!(
+        (after.0 - before.0, after.1 - before.1),
+        (1, 3),
+        "one exchange, three packets; answers are not counted"
+    );
+    let each = 10 + 8 + if family == 0 { 20 } else { 40 };
+    assert_eq!(after.2 - before.2, 3 * each);
 }
 
 /// Datagrams of one socket after their backend has gone.

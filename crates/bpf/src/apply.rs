@@ -50,6 +50,9 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
             service_maps::settle(scratch);
         }
         let goes_on = !matches!(action.verdict, Verdict::Drop | Verdict::Reject);
+        if scratch.rewrite && goes_on {
+            service_maps::count_packet(scratch.choice.service, bytes);
+        }
         if scratch.rewrite && goes_on && rewrite(ctx, scratch).is_none() {
             action = Action::drop(Reason::RewriteFailed);
         }

@@ -217,6 +217,17 @@ pub fn count_connection(service: u32, served: bool) {
     }
 }
 
+/// Counts a packet towards one of a service's backends.
+#[inline(always)]
+pub fn count_packet(service: u32, bytes: u32) {
+    if let Some(slot) = SERVICE_COUNTERS.get_ptr_mut(service) {
+        // SAFETY: as in `count_connection`.
+        let (packets, sum) = unsafe { (&raw mut (*slot).packets, &raw mut (*slot).bytes) };
+        add(packets, 1);
+        add(sum, bytes as u64);
+    }
+}
+
 /// Adds to a counter that all CPUs share. As an instruction, because the target has no atomic types.
 #[inline(always)]
 fn add(counter: *mut u64, value: u64) {

@@ -96,6 +96,8 @@ fn known_translation(host: &impl ServiceHost, scratch: &mut Scratch, from_b: boo
     if !still_good(host, scratch, &translation) {
         return Known::Nothing;
     }
+    // For the service's counters; of a backend that has gone they are nobody's.
+    scratch.choice.service = host.backend(translation.backend).map_or(u32::MAX, |b| b.service);
     let masqueraded = !same_addr(&translation.src, &scratch.packet.src);
     apply(scratch, &translation);
     Known::Step(if masqueraded { Step::Masqueraded } else { Step::Forward })
