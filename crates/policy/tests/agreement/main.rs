@@ -3,6 +3,8 @@
 //!
 //! `PODWAY_TRIPLES` says how many questions (cluster, policies, packet) are asked.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail")]
+
 mod naive;
 mod random;
 
