@@ -122,12 +122,15 @@ fn tell(cluster: &Cluster) {
     cluster.notes.iter().for_each(|n| output::error(&format!("note: {n}")));
 }
 
+/// A protocol, and ranges of its ports.
+type Part = (Option<Protocol>, Vec<(u16, u16)>);
+
 /// What is allowed, in words: `everything`, `nothing`, or protocols with ports.
 fn allowed(pieces: &[Piece]) -> (Extent, String) {
     if pieces.iter().all(Piece::allow) {
         return (Extent::Everything, "everything".to_owned());
     }
-    let mut parts: Vec<(Option<Protocol>, Vec<(u16, u16)>)> = Vec::new();
+    let mut parts: Vec<Part> = Vec::new();
     for piece in pieces.iter().filter(|p| p.allow()) {
         match parts.last_mut() {
             Some((protocol, ranges)) if *protocol == piece.protocol => match ranges.last_mut() {
@@ -145,7 +148,7 @@ fn allowed(pieces: &[Piece]) -> (Extent, String) {
         (first, last) if first == last => first.to_string(),
         (first, last) => format!("{first}-{last}"),
     };
-    let part = |(protocol, ranges): &(Option<Protocol>, Vec<(u16, u16)>)| match protocol {
+    let part = |(protocol, ranges): &Part| match protocol {
         None => "other protocols".to_owned(),
         Some(protocol) => format!("{protocol} {}", ranges.iter().map(range).collect::<Vec<_>>().join(",")),
     };
