@@ -230,9 +230,7 @@ impl Running {
                 services::remove(&services_config, &datapath);
                 None
             }
-            _ => {
-                Some(Services::start(&services_config, &surroundings).map_err(failed("starting services"))?)
-            }
+            _ => Some(Services::start(&services_config, &surroundings).map_err(failed("starting services"))?),
         };
         let (counters, flag) = (Arc::clone(&metrics), Arc::clone(&stopping));
         threads.push(thread("podway-sweep", move || sweep(&datapath, &counters, &flag))?);

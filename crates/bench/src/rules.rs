@@ -31,7 +31,7 @@ struct Service {
 /// Input for `iptables-restore`: the rules of `count` services and of the API server's own.
 #[must_use]
 pub fn kube_proxy(count: u16) -> String {
-    rules(std::iter::once(api_server()).chain((0..count.min(MAX_SERVICES)).map(service)).collect())
+    rules(&std::iter::once(api_server()).chain((0..count.min(MAX_SERVICES)).map(service)).collect::<Vec<_>>())
 }
 
 /// The same for the services of a population, which can be connected to.
@@ -52,13 +52,13 @@ pub fn kube_proxy_for(population: &Population) -> String {
             })
             .collect(),
     };
-    rules(std::iter::once(api_server()).chain((0..population.services).map(service)).collect())
+    rules(&std::iter::once(api_server()).chain((0..population.services).map(service)).collect::<Vec<_>>())
 }
 
-fn rules(services: Vec<Service>) -> String {
+fn rules(services: &[Service]) -> String {
     let mut text = String::new();
     filter(&mut text);
-    nat(&mut text, &services);
+    nat(&mut text, services);
     text
 }
 

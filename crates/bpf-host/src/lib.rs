@@ -35,6 +35,7 @@ pub use error::{Error, Result};
 pub use flows::{Flow, SweepReport};
 pub use object::is_built_in;
 pub use peers::{Peer, PeerFlags, SyncReport};
+pub use podway_abi::services::MAX_SERVICE_RANGES;
 pub use report::{Counter, MapFill, ProgramReport, TestRun};
 pub use services::{ApplyReport, KernelFrontend, Refused, ServiceCounts, ServiceWriter};
 

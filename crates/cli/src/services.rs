@@ -205,7 +205,7 @@ fn show_frontend(out: &mut String, frontend: &Value) {
     }
     out.push('\n');
     if let Some(holder) = frontend["heldBy"].as_str() {
-        let _ = writeln!(out, "    {holder} has this address and port: it is older");
+        let _ = writeln!(out, "    {holder} has this address and port: it came first");
         return;
     }
     let routes = &frontend["routes"];

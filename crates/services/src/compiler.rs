@@ -425,8 +425,12 @@ impl Compiler {
         }
     }
 
-    /// Adds a finding for each slice with endpoints that are neither in a range of pods nor on a node.
+    /// Adds a finding for each slice with endpoints that are neither in a range of pods nor on a node. The API server
+    /// may be anywhere: its own Service is none.
     fn strays(&self, key: &Key, lowered: &mut Lowered) {
+        if (&*key.namespace, &*key.name) == ("default", "kubernetes") {
+            return;
+        }
         let mut by_slice: BTreeMap<&Arc<str>, (usize, IpAddr, usize)> = BTreeMap::new();
         for (addr, slice, index) in &lowered.off_range {
             if !self.node_addresses.contains_key(addr) && !self.view.addresses.contains(addr) {

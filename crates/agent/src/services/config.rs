@@ -97,6 +97,9 @@ impl Default for ServicesConfig {
     }
 }
 
+/// Most ranges of cluster IPs: what the datapath's configuration has room for.
+const MAX_SERVICE_CIDRS: usize = podway_bpf_host::MAX_SERVICE_RANGES;
+
 impl ServicesConfig {
     /// Checks what the types do not.
     ///
@@ -108,6 +111,12 @@ impl ServicesConfig {
             if let Some(cause) = unusable(*cidr) {
                 return bad("service-cidr", cause);
             }
+        }
+        if self.service_cidrs.len() > MAX_SERVICE_CIDRS {
+            return bad(
+                "service-cidr",
+                format!("{} ranges; at most {MAX_SERVICE_CIDRS} are possible", self.service_cidrs.len()),
+            );
         }
         for cidr in &self.load_balancer_pool {
             if let Some(cause) = unusable(*cidr) {

@@ -27,7 +27,7 @@ const PIN_DIR: &str = "/sys/fs/bpf/podway-bench";
 /// When the kernel refuses, or the mode is none of ours.
 pub(super) fn start(mode: Mode, scratch: &Scratch) -> anyhow::Result<Box<dyn Mechanism>> {
     let kernel = match mode {
-        Mode::Ebpf => Kernel::Ebpf(Ebpf::start(scratch)?),
+        Mode::Ebpf => Kernel::Ebpf(Box::new(Ebpf::start(scratch)?)),
         Mode::Nftables => Kernel::Rules(Box::new(NftWriter::new())),
         Mode::Iptables => Kernel::Rules(Box::new(IptablesWriter::new(Kind::Nft))),
         Mode::IptablesLegacy => Kernel::Rules(Box::new(IptablesWriter::new(Kind::Legacy))),
@@ -59,7 +59,7 @@ struct Own {
 }
 
 enum Kernel {
-    Ebpf(Ebpf),
+    Ebpf(Box<Ebpf>),
     Rules(Box<dyn Writer>),
 }
 

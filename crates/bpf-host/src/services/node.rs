@@ -79,6 +79,7 @@ fn config(view: &NodeView) -> Result<ServiceConfig> {
     for (slot, range) in config.ranges.iter_mut().zip(&view.service_cidrs) {
         *slot = to_range(range);
     }
+    // More are refused where they are configured.
     config.range_count = u32::try_from(view.service_cidrs.len().min(MAX_SERVICE_RANGES)).unwrap_or(0);
     Ok(config)
 }

@@ -184,10 +184,11 @@ pub fn choose_at(
     if pick::pick(host, query, frontend, kind, choice) { Outcome::Backend } else { Outcome::Reject }
 }
 
-/// The node itself and the address's own holder are never outside (a load balancer's health checks come from there).
+/// Whether the node itself may send is in its route; everybody else has to be in the list, which is complete: it holds
+/// the service's own addresses as well, from which a load balancer checks its backends.
 #[inline(always)]
 fn in_ranges(host: &impl ServiceHost, query: &Query, service: u32) -> Outcome {
-    if matches!(query.origin, Origin::Node) || same_addr(&query.src, &query.dst) {
+    if matches!(query.origin, Origin::Node) {
         return Outcome::Backend;
     }
     if same_addr(&query.src, &Addr::UNSPECIFIED) {
