@@ -117,7 +117,7 @@ fn to_tunnel(ctx: &TcContext, hook: Hook, scratch: &Scratch, redirect: bool) -> 
     let config: NodeConfig = Maps.config()?;
     if redirect
         && matches!(hook, Hook::FromPod)
-        && let Some(code) = encap::send(ctx, &config, &scratch.route.node)
+        && let Some(code) = encap::send(ctx, &config, &scratch.packet, &scratch.route.node)
     {
         return Some(code);
     }

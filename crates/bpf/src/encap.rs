@@ -19,6 +19,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use podway_abi::{Addr, NodeConfig};
+use podway_datapath::Packet;
 use podway_datapath::packet::{ETH_LEN, ethertype, proto};
 
 use crate::{
@@ -44,11 +45,11 @@ const SOURCE_PORT_BITS: u32 = 0x3fff;
 /// Wraps a packet of a pod for another node and sends it to the next hop. Nothing when the tunnel device has to do it;
 /// the packet is as it was then.
 #[inline(always)]
-pub fn send(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<i32> {
+pub fn send(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) -> Option<i32> {
     if is_underlay_v6(config) {
         return None;
     }
-    let hop = next_hop(ctx, config, node)?;
+    let hop = next_hop(ctx, config, packet, node)?;
     let skb = ctx.skb.skb;
     // SAFETY: no preconditions. The sum over the ends of the inner flow, so that each flow stays on one path.
     let hash = unsafe { bpf_get_hash_recalc(skb) };
@@ -93,7 +94,7 @@ impl Hop {
 
 /// The next hop by the node's routes, with all that they can say: several paths, rules by source, a path's own MTU.
 #[inline(always)]
-fn next_hop(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<Hop> {
+fn next_hop(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) -> Option<Hop> {
     // SAFETY: all fields are integers or unions of integers.
     let mut route: FibLookup = unsafe { core::mem::zeroed() };
     route.family = AF_INET;
@@ -102,12 +103,8 @@ fn next_hop(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<Hop> {
     route.__bindgen_anon_3.ipv4_src = config.underlay.v4_word();
     route.__bindgen_anon_4.ipv4_dst = node.v4_word();
     // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessors.
-    let (ifindex, gso_size) = unsafe { ((*ctx.skb.skb).ifindex, (*ctx.skb.skb).gso_size) };
-    route.ifindex = ifindex;
-    if gso_size == 0 {
-        // Otherwise segments are as long as the pod's MTU allows, which leaves room for the headers.
-        route.__bindgen_anon_1.tot_len = (ctx.len() + (ROOM - ETH_LEN) as u32) as u16;
-    }
+    route.ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    route.__bindgen_anon_1.tot_len = (wire_len(ctx, packet)? + ROOM as u32).min(u16::MAX as u32) as u16;
     // SAFETY: `route` is as large as the size given says.
     let result = unsafe { bpf_fib_lookup(ctx.as_ptr(), &mut route, size_of::<FibLookup>() as i32, 0) } as u32;
     let found = result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;
@@ -116,6 +113,23 @@ fn next_hop(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<Hop> {
     }
     // SAFETY: the helper leaves the next hop's address where the destination's was.
     Some(Hop { ifindex: route.ifindex, address: unsafe { route.__bindgen_anon_4.ipv4_dst } })
+}
+
+/// Length of the pod's packet from the network layer up; of one that segmentation offload will cut up, that of a full
+/// segment. A pod's MTU may be wrong, and no later hook would notice: the next one is the device's own.
+#[inline(always)]
+fn wire_len(ctx: &TcContext, packet: &Packet) -> Option<u32> {
+    // SAFETY: as in `next_hop`.
+    let gso_size = unsafe { (*ctx.skb.skb).gso_size };
+    if gso_size == 0 {
+        return Some(ctx.len() - ETH_LEN as u32);
+    }
+    let l4_len = match packet.proto {
+        // The data offset, in words (RFC 9293 section 3.1).
+        proto::TCP => (ctx.load::<u8>(packet.l4_offset as usize + 12).ok()? >> 4) as u32 * 4,
+        _ => UDP_LEN as u32,
+    };
+    Some((packet.l4_offset as u32).saturating_sub(ETH_LEN as u32) + l4_len + gso_size)
 }
 
 /// Writes the headers; `len` is the length of the whole from the outer IPv4 header on.

@@ -14,6 +14,8 @@ use crate::spec::{LabName, LabSpec, NodePlan, underlay_prefix};
 
 /// Name of the bridge in the fabric's namespace.
 pub const BRIDGE: &str = "fabric0";
+/// The bridge's link-layer address: locally administered (IEEE 802, second bit of the first octet).
+const BRIDGE_MAC: [u8; 6] = [0x02, 0x50, 0x57, 0x00, 0x00, 0x01];
 /// Name of a node's link to the fabric.
 pub const UPLINK: &str = "eth0";
 /// Name of the fabric's link to the client beyond the nodes.
@@ -43,6 +45,9 @@ fn create_all(spec: &LabSpec, names: &mut Vec<String>) -> anyhow::Result<()> {
     prefer_cubic(&fabric)?;
     let mut netlink = Netlink::open_in(&fabric)?;
     let bridge = netlink.create_bridge(BRIDGE, spec.underlay_mtu)?;
+    // A bridge without an address of its own takes the smallest of its ports': a node that comes or goes would change
+    // it under the neighbours' eyes.
+    netlink.set_mac(bridge.index, BRIDGE_MAC)?;
     netlink.set_up(bridge.index)?;
     for address in spec.fabric_addresses() {
         netlink.add_address(bridge.index, underlay(address), NO_DAD)?;

@@ -16,6 +16,9 @@ use super::protocol::Run;
 /// The emulator.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 
+/// The machine's memory: maps of several nodes at once, preallocated, and the root filesystem.
+const MEMORY_MIB: &str = "4096";
+
 /// How the machine's processors work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accelerator {
@@ -66,7 +69,7 @@ fn start(accelerator: Accelerator, kernel: &Path, root: &Path, directory: &Path)
     let console = directory.join("console.log");
     let mut command = Command::new(QEMU);
     command
-        .args(["-accel", accelerator.name(), "-cpu", "max", "-smp", "2", "-m", "1024"])
+        .args(["-accel", accelerator.name(), "-cpu", "max", "-smp", "2", "-m", MEMORY_MIB])
         .args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"])
         .arg("-kernel")
         .arg(kernel)

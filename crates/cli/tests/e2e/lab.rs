@@ -166,9 +166,14 @@ impl Lab {
 
     /// Process id of a node's agent.
     pub(crate) fn agent_pid(&self, node: &str) -> i32 {
+        self.try_agent_pid(node).unwrap_or_else(|| panic!("no agent on {node}"))
+    }
+
+    /// The same, while there may be none.
+    pub(crate) fn try_agent_pid(&self, node: &str) -> Option<i32> {
         let procs = cgroup_root().join(format!("podway/{}/{node}/agent/cgroup.procs", self.name));
         let pids = fs::read_to_string(&procs).unwrap_or_else(|e| panic!("{}: {e}", procs.display()));
-        pids.lines().next().unwrap_or_else(|| panic!("no agent on {node}")).parse().unwrap()
+        pids.lines().next().map(|pid| pid.parse().unwrap())
     }
 }
 
