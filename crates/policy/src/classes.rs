@@ -8,7 +8,7 @@ use std::{
 use crate::{
     atoms::{AtomId, Atoms},
     ids::Slab,
-    table::{ClassId, PeerKey, SetId},
+    table::{ClassId, PeerKey},
 };
 
 #[derive(Debug, Default)]
@@ -16,8 +16,6 @@ pub(crate) struct Class {
     /// Atoms that match, sorted.
     pub(crate) key: Arc<[AtomId]>,
     pub(crate) members: HashSet<PeerKey>,
-    /// Sets that have entries for it.
-    pub(crate) sets: BTreeSet<SetId>,
 }
 
 /// All classes, and which peer is in which. A peer that no selector of pods or nodes matches is in none of its own: the
@@ -96,16 +94,21 @@ impl Classes {
         self.slab.get(id.0)
     }
 
-    pub(crate) fn get_mut(&mut self, id: ClassId) -> Option<&mut Class> {
-        self.slab.get_mut(id.0)
-    }
-
-    pub(crate) fn key(&self, id: ClassId) -> Arc<[AtomId]> {
-        Arc::clone(&self.slab[id.0].key)
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.slab.len()
+    }
+
+    /// All numbers are below this.
+    pub(crate) fn bound(&self) -> usize {
+        self.slab.bound()
+    }
+}
+
+impl std::ops::Index<ClassId> for Classes {
+    type Output = Class;
+
+    fn index(&self, id: ClassId) -> &Class {
+        &self.slab[id.0]
     }
 }
 

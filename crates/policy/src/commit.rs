@@ -17,8 +17,8 @@ use crate::{
     compiler::{Compiler, Dirty},
     prefixes::boundaries,
     rules::{Prepared, atom_key, named_of, ranges_of},
-    sets::{Set, SetKey},
-    table::{Assigned, Change, ClassId, PeerKey, RuleId, SetId, at},
+    sets::{Scratch, Set, SetKey},
+    table::{Assigned, Change, ClassId, Entry, PeerKey, RuleId, SetId, at},
     world::{Owner, own_addresses},
 };
 
@@ -57,8 +57,11 @@ impl Compiler {
         self.add_selectors(&mut dirty, &mut step);
         self.classify(&dirty, &mut step);
         self.compile(&mut step);
-        let endpoints = self.endpoint_moves(&dirty);
         let mut changes = std::mem::take(&mut step.prepare);
+        // Nothing leads to these yet. What goes below has to know of them.
+        changes.iter().for_each(|change| self.table.apply(change));
+        let prepared = changes.len();
+        let endpoints = self.endpoint_moves(&dirty);
         changes.append(&mut step.neutral);
         changes.extend(moves(&step.peers, &endpoints, !self.table.endpoints.is_empty()));
         let (mut after, mut last) = (Vec::new(), Vec::new());
@@ -72,7 +75,7 @@ impl Compiler {
                 changes.append(&mut part);
             }
         }
-        changes.iter().for_each(|change| self.table.apply(change));
+        changes[prepared..].iter().for_each(|change| self.table.apply(change));
         changes
     }
 
@@ -178,8 +181,8 @@ impl Compiler {
                 self.rule_ids.entry(key).or_insert_with(|| (RuleId(self.rules.insert(())), 0));
             *users += 1;
             let reference = policy.rule_ref(direction, index);
-            if self.table.rules.get(number) != Some(&reference) {
-                step.prepare.push(Change::Rule(*number, Some(reference)));
+            if self.table.rules.get(number).is_none_or(|known| **known != reference) {
+                step.prepare.push(Change::Rule(*number, Some(Arc::new(reference))));
             }
             prepared.push(Arc::new(Prepared {
                 id: *number,
@@ -379,43 +382,40 @@ impl Compiler {
 
     /// Verdicts of new sets for all classes, and of all sets for new classes.
     fn compile(&mut self, step: &mut Step) {
-        let mut wanted: BTreeSet<(SetId, Direction, ClassId)> = BTreeSet::new();
-        for id in &step.new_sets {
-            let Some(set) = self.sets.get(*id) else { continue };
+        let Step { prepare, new_sets, new_classes, .. } = step;
+        let new_sets: BTreeSet<SetId> = new_sets.iter().copied().collect();
+        let mut wanted: BTreeMap<SetId, Option<Vec<ClassId>>> =
+            new_sets.iter().map(|id| (*id, None)).collect();
+        for class in &*new_classes {
+            for set in self.sets_asking(&self.classes[*class].key).difference(&new_sets) {
+                wanted.entry(*set).or_insert_with(|| Some(Vec::new())).get_or_insert_default().push(*class);
+            }
+        }
+        let mut scratch = Scratch::default();
+        for (id, only) in wanted {
+            let Some(set) = self.sets.get(id) else { continue };
             for direction in Direction::ALL {
-                let classes = set.candidates(direction, &self.atoms);
-                wanted.extend(classes.into_iter().map(|class| (*id, direction, class)));
-            }
-        }
-        for class in &step.new_classes {
-            for atom in &*self.classes.key(*class) {
-                let Some(atom) = self.atoms.get(*atom) else { continue };
-                let by_name = match &*atom.key {
-                    AtomKey::Port(port) => self.sets.by_name.get(&port.name),
-                    _ => None,
+                let found = |class, entries: Arc<[Entry]>| {
+                    if !entries.is_empty() {
+                        prepare.push(Change::Verdicts(id, direction, class, Some(entries)));
+                    }
                 };
-                for set in atom.sets.iter().chain(by_name.into_iter().flatten()) {
-                    wanted.extend(Direction::ALL.map(|direction| (*set, direction, *class)));
-                }
+                let peers = (&self.atoms, &self.classes);
+                set.compile(direction, only.as_deref(), peers, &mut scratch, found);
             }
         }
-        let (mut known, mut known_of) = (HashMap::new(), None);
-        for (id, direction, class) in wanted {
-            if known_of.replace((id, direction)) != Some((id, direction)) {
-                known.clear();
+    }
+
+    /// Sets that can tell a class with these atoms from class 0.
+    fn sets_asking(&self, class: &[AtomId]) -> BTreeSet<SetId> {
+        let mut found = BTreeSet::new();
+        for atom in class.iter().filter_map(|atom| self.atoms.get(*atom)) {
+            found.extend(&atom.sets);
+            if let AtomKey::Port(port) = &*atom.key {
+                found.extend(self.sets.by_name.get(&port.name).into_iter().flatten());
             }
-            let key = self.classes.key(class);
-            let Some(set) = self.sets.get_mut(id) else { continue };
-            let entries = set.compile(direction, &key, &self.atoms, &mut known);
-            if entries.is_empty() {
-                continue;
-            }
-            set.classes.insert(class);
-            if let Some(class) = self.classes.get_mut(class) {
-                class.sets.insert(id);
-            }
-            step.prepare.push(Change::Verdicts(id, direction, class, Some(entries)));
         }
+        found
     }
 
     fn endpoint_moves(&self, dirty: &Dirty) -> Vec<(IpAddr, SetId, SetId)> {
@@ -436,18 +436,9 @@ impl Compiler {
             }
             let Some(set) = self.sets.remove(*id, &mut self.atoms) else { continue };
             after.push(Change::Set(*id, None));
-            for class in &set.classes {
-                for direction in Direction::ALL {
-                    let key = (*id, direction, *class);
-                    // What this very step has added is not in the table yet.
-                    let is_new = || step.new_sets.contains(id) || step.new_classes.contains(class);
-                    if self.table.verdicts.contains_key(&key) || is_new() {
-                        after.push(Change::Verdicts(*id, direction, *class, None));
-                    }
-                }
-                if let Some(class) = self.classes.get_mut(*class) {
-                    class.sets.remove(id);
-                }
+            for direction in Direction::ALL {
+                let classes = self.table.verdicts.classes(*id, direction);
+                after.extend(classes.map(|class| Change::Verdicts(*id, direction, class, None)));
             }
             for policy in &set.key.policies {
                 *released.entry(*policy).or_default() += 1;
@@ -553,19 +544,18 @@ impl Compiler {
     fn retire_classes(&mut self, step: &mut Step, last: &mut Vec<Change>) {
         for id in &step.left {
             let Some(class) = self.classes.remove(*id, &mut self.atoms) else { continue };
+            for set in self.sets_asking(&class.key) {
+                for direction in Direction::ALL {
+                    if self.table.verdicts.contains_key(&(set, direction, *id)) {
+                        last.push(Change::Verdicts(set, direction, *id, None));
+                    }
+                }
+            }
             for atom in &*class.key {
                 let is_port = matches!(**self.atoms.key(*atom), AtomKey::Port(_));
                 if is_port && self.atoms.get(*atom).is_some_and(|atom| atom.classes.is_empty()) {
                     // No pod has this port under the name any more.
                     self.atoms.remove(*atom);
-                }
-            }
-            for set in class.sets {
-                for direction in Direction::ALL {
-                    last.push(Change::Verdicts(set, direction, *id, None));
-                }
-                if let Some(set) = self.sets.get_mut(set) {
-                    set.classes.remove(id);
                 }
             }
         }

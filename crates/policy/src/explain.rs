@@ -188,8 +188,10 @@ impl Query<'_> {
         side.verdict = verdict;
         side.selecting.clone_from(policies);
         side.isolating.clone_from(&isolating[at(direction)]);
-        side.rule =
-            (verdict.rule != RuleId::DEFAULT).then(|| table.rules.get(&verdict.rule).cloned()).flatten();
+        side.rule = (verdict.rule != RuleId::DEFAULT)
+            .then(|| table.rules.get(&verdict.rule))
+            .flatten()
+            .map(|r| (**r).clone());
         if !verdict.allow || verdict.audit {
             side.nearest = self.nearest(direction, peer, &set.rules[at(direction)].rules, verdict);
         }
@@ -216,7 +218,7 @@ impl Query<'_> {
             (!lacks.is_empty()).then_some((rule.rule.id, lacks))
         };
         let (id, lacks) = accepts.filter_map(miss).min_by_key(|(_, lacks)| lacks.len())?;
-        Some(NearMiss { rule: self.compiler.table.rules.get(&id)?.clone(), lacks })
+        Some(NearMiss { rule: (**self.compiler.table.rules.get(&id)?).clone(), lacks })
     }
 
     fn lacking_port(&self, rule: &SetRule) -> Option<String> {

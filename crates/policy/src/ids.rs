@@ -50,6 +50,11 @@ impl<T> Slab<T> {
     pub(crate) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
+
+    /// All numbers are below this.
+    pub(crate) fn bound(&self) -> usize {
+        self.slots.len()
+    }
 }
 
 impl<T> std::ops::Index<u32> for Slab<T> {

@@ -18,14 +18,16 @@ mod reach;
 mod rules;
 mod sets;
 pub mod table;
+mod verdicts;
 mod world;
 
 pub use compiler::{Compiler, Size, Update};
 pub use explain::{Explanation, NearMiss, Party, Side, explain};
 pub use findings::Finding;
 pub use prefixes::PrefixMap;
-pub use reach::{Piece, Reachability};
+pub use reach::{Piece, Place, Reachability};
 pub use table::{
     Assigned, Change, ClassId, Entry, Judgement, PeerKey, PolicyRef, PolicyTable, RuleId, RuleRef, SetId,
     SetInfo, Verdict,
 };
+pub use verdicts::{VerdictKey, Verdicts};

@@ -36,9 +36,18 @@ impl Piece {
 #[derive(Debug)]
 pub struct Reachability<'a> {
     compiler: &'a Compiler,
-    functions: HashMap<(SetId, Direction, ClassId), usize>,
+    /// By set, direction and number of the list of entries, which is `None` where class 0 says it.
+    functions: HashMap<(SetId, Direction, Option<u32>), u32>,
     lanes: Vec<Lanes>,
-    pairs: HashMap<(usize, usize), Arc<[Piece]>>,
+    pairs: HashMap<(u32, u32), Arc<[Piece]>>,
+}
+
+/// An address, with what the tables know of it. It is looked up once for all the pairs that it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    address: IpAddr,
+    set: Option<SetId>,
+    class: ClassId,
 }
 
 impl<'a> Reachability<'a> {
@@ -50,31 +59,42 @@ impl<'a> Reachability<'a> {
 
     /// What holds between two addresses, for every protocol and port.
     pub fn between(&mut self, source: IpAddr, target: IpAddr) -> Arc<[Piece]> {
-        let same = source == target;
+        let (source, target) = (self.place(source), self.place(target));
+        self.from_to(source, target)
+    }
+
+    /// The same, for addresses that have been looked up.
+    pub fn from_to(&mut self, source: Place, target: Place) -> Arc<[Piece]> {
+        let same = source.address == target.address;
         let egress = if same { 0 } else { self.function(source, Direction::Egress, target) };
         let ingress = if same { 0 } else { self.function(target, Direction::Ingress, source) };
         if let Some(pieces) = self.pairs.get(&(egress, ingress)) {
             return Arc::clone(pieces);
         }
-        let pieces = pieces(&self.lanes[egress], &self.lanes[ingress]);
+        let pieces = pieces(&self.lanes[egress as usize], &self.lanes[ingress as usize]);
         self.pairs.insert((egress, ingress), Arc::clone(&pieces));
         pieces
     }
 
-    fn function(&mut self, endpoint: IpAddr, direction: Direction, peer: IpAddr) -> usize {
+    /// Looks an address up.
+    pub fn place(&self, address: IpAddr) -> Place {
         let table = self.compiler.table();
-        let Some(set) = table.endpoints.get(&endpoint).map(|set| set.new) else { return 0 };
-        let class = table.class(peer).new;
-        // A class without entries has the verdicts of class 0.
-        let class = if table.verdicts.contains_key(&(set, direction, class)) { class } else { ClassId::NONE };
-        if let Some(function) = self.functions.get(&(set, direction, class)) {
+        let set = table.endpoints.get(&address).map(|set| set.new);
+        Place { address, set, class: table.class(address).new }
+    }
+
+    fn function(&mut self, endpoint: Place, direction: Direction, peer: Place) -> u32 {
+        let Some(set) = endpoint.set else { return 0 };
+        let list = self.compiler.table().verdicts.list(&(set, direction, peer.class));
+        if let Some(function) = self.functions.get(&(set, direction, list)) {
             return *function;
         }
-        let key = self.compiler.classes.key(class);
+        let class = if list.is_some() { peer.class } else { ClassId::NONE };
         let Some(state) = self.compiler.sets.get(set) else { return 0 };
-        self.lanes.push(state.lanes(direction, &key, &self.compiler.atoms));
-        let function = self.lanes.len() - 1;
-        self.functions.insert((set, direction, class), function);
+        let key = &self.compiler.classes[class].key;
+        self.lanes.push(state.lanes(direction, key, &self.compiler.atoms));
+        let function = u32::try_from(self.lanes.len() - 1).expect("memory ends before 2^32 functions do");
+        self.functions.insert((set, direction, list), function);
         function
     }
 }

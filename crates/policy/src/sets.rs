@@ -9,6 +9,7 @@ use podway_model::{Protocol, pod::NamedPort, policy::Direction};
 
 use crate::{
     atoms::{AtomId, AtomKey, Atoms},
+    classes::Classes,
     ids::Slab,
     lanes::Lanes,
     rules::{Isolation, Policy, Prepared, Range, SetRule, Stage, flatten},
@@ -62,20 +63,13 @@ impl SetRules {
 
     /// The rules that match a peer with these atoms, in order.
     pub(crate) fn matching(&self, key: &[AtomId]) -> Vec<&SetRule> {
-        self.matching_indexes(key).into_iter().map(|i| &self.rules[i as usize]).collect()
-    }
-
-    fn matching_indexes(&self, key: &[AtomId]) -> Vec<u32> {
         let mut found = self.any.clone();
         found.extend(key.iter().filter_map(|atom| self.by_atom.get(atom)).flatten());
         found.sort_unstable();
         found.dedup();
-        found
+        found.into_iter().map(|i| &self.rules[i as usize]).collect()
     }
 }
-
-/// Which rules match, and the ports of the target that they ask for by name.
-pub(crate) type Match = (Vec<u32>, Vec<NamedPort>);
 
 #[derive(Debug)]
 pub(crate) struct Set {
@@ -86,8 +80,6 @@ pub(crate) struct Set {
     base: [Lanes; 2],
     /// How many endpoints have it.
     pub(crate) users: usize,
-    /// Classes that it has entries for.
-    pub(crate) classes: BTreeSet<ClassId>,
 }
 
 impl Set {
@@ -124,32 +116,67 @@ impl Set {
             let matching = rules[at(direction)].matching(&[]);
             flatten(&matching, Isolation::of(&info, direction), &|_| Vec::new())
         });
-        Self { key, info: Arc::new(info), rules, base, users: 0, classes: BTreeSet::new() }
+        Self { key, info: Arc::new(info), rules, base, users: 0 }
     }
 
-    /// The entries of a class; none when the answers are those of class 0. `known` keeps them for classes that the same
-    /// rules match in the same way, within one set and direction.
+    /// The entries of classes, in the order of their numbers; none when the answers are those of class 0. `only` are the
+    /// classes that are asked about; `None` is all whose answers can differ from those of class 0, and class 0 itself.
+    /// Classes that the same rules match in the same way share their entries.
     pub(crate) fn compile(
         &self,
         direction: Direction,
-        class: &[AtomId],
-        atoms: &Atoms,
-        known: &mut HashMap<Match, Arc<[Entry]>>,
-    ) -> Arc<[Entry]> {
-        let base = &self.base[at(direction)];
-        if class.is_empty() {
-            let isolation = Isolation::of(&self.info, direction);
-            return base.encode(&Lanes::constant(isolation.default_verdict())).into();
-        }
+        only: Option<&[ClassId]>,
+        (atoms, classes): (&Atoms, &Classes),
+        scratch: &mut Scratch,
+        mut found: impl FnMut(ClassId, Arc<[Entry]>),
+    ) {
         let rules = &self.rules[at(direction)];
-        let asked = |port: &&NamedPort| rules.names.contains(&port.name);
-        let ports = if rules.names.is_empty() {
-            Vec::new()
+        scratch.begin(rules.rules.len(), classes.bound());
+        if let Some(only) = only {
+            for class in only {
+                scratch.mark([class], &[]);
+                let asked = classes[*class].key.iter().filter_map(|atom| rules.by_atom.get(atom));
+                asked.for_each(|indexes| scratch.mark([class], indexes));
+            }
         } else {
-            ports_of(class, atoms).filter(asked).cloned().collect()
-        };
-        let matched = known.entry((rules.matching_indexes(class), ports));
-        Arc::clone(matched.or_insert_with(|| self.lanes(direction, class, atoms).encode(base).into()))
+            for (atom, indexes) in &rules.by_atom {
+                scratch.mark(atoms.get(*atom).into_iter().flat_map(|atom| &atom.classes), indexes);
+            }
+            let named = rules.names.iter().flat_map(|name| atoms.named(name));
+            scratch.mark(named.filter_map(|atom| atoms.get(atom)).flat_map(|atom| &atom.classes), &[]);
+            scratch.mark([&ClassId::NONE], &[]);
+        }
+        scratch.touched.sort_unstable();
+        let base = &self.base[at(direction)];
+        let mut known: HashMap<Vec<u64>, Arc<[Entry]>> = HashMap::new();
+        let mut key = Vec::new();
+        for class in &scratch.touched {
+            if *class == ClassId::NONE {
+                let default = Isolation::of(&self.info, direction).default_verdict();
+                found(*class, base.encode(&Lanes::constant(default)).into());
+                continue;
+            }
+            let of = &classes[*class].key;
+            key.clear();
+            key.extend_from_slice(scratch.marks(*class));
+            if !rules.names.is_empty() {
+                // What the target has under the names is part of the match.
+                let asked = of.iter().filter(|atom| match &**atoms.key(**atom) {
+                    AtomKey::Port(port) => rules.names.contains(&port.name),
+                    _ => false,
+                });
+                key.extend(asked.map(|atom| u64::from(*atom)));
+            }
+            let entries = match known.get(&key) {
+                Some(entries) => Arc::clone(entries),
+                None => {
+                    let entries: Arc<[Entry]> = self.lanes(direction, of, atoms).encode(base).into();
+                    known.insert(key.clone(), Arc::clone(&entries));
+                    entries
+                }
+            };
+            found(*class, entries);
+        }
     }
 
     /// The verdicts for a class.
@@ -163,16 +190,47 @@ impl Set {
         };
         flatten(&matching, isolation, &named)
     }
+}
 
-    /// Classes whose answers can differ from those of class 0.
-    pub(crate) fn candidates(&self, direction: Direction, atoms: &Atoms) -> BTreeSet<ClassId> {
-        let rules = &self.rules[at(direction)];
-        let named = rules.names.iter().flat_map(|name| atoms.named(name));
-        let all = rules.atoms().chain(named);
-        let mut found: BTreeSet<ClassId> =
-            all.filter_map(|atom| atoms.get(atom)).flat_map(|atom| atom.classes.iter().copied()).collect();
-        found.insert(ClassId::NONE);
-        found
+/// Which rules match which classes, while a set is compiled: a bit for each.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    /// 64-bit words of one class.
+    words: usize,
+    /// Where each class has its words, by its number; 0 is nowhere.
+    slots: Vec<u32>,
+    bits: Vec<u64>,
+    touched: Vec<ClassId>,
+}
+
+impl Scratch {
+    fn begin(&mut self, rules: usize, classes: usize) {
+        for class in self.touched.drain(..) {
+            self.slots[class.0 as usize] = 0;
+        }
+        self.slots.resize(self.slots.len().max(classes), 0);
+        self.words = rules.div_ceil(64);
+        self.bits.clear();
+    }
+
+    fn mark<'a>(&mut self, classes: impl IntoIterator<Item = &'a ClassId>, rules: &[u32]) {
+        for class in classes {
+            let slot = &mut self.slots[class.0 as usize];
+            if *slot == 0 {
+                self.touched.push(*class);
+                *slot = u32::try_from(self.touched.len()).expect("classes have 32-bit numbers");
+                self.bits.resize(self.bits.len() + self.words, 0);
+            }
+            let first = (*slot as usize - 1) * self.words;
+            for rule in rules {
+                self.bits[first + (rule / 64) as usize] |= 1 << (rule % 64);
+            }
+        }
+    }
+
+    fn marks(&self, class: ClassId) -> &[u64] {
+        let slot = self.slots[class.0 as usize] as usize - 1;
+        &self.bits[slot * self.words..(slot + 1) * self.words]
     }
 }
 

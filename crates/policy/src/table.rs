@@ -23,7 +23,7 @@ use std::{
 use ipnet::IpNet;
 use podway_model::policy::Direction;
 
-use crate::prefixes::PrefixMap;
+use crate::{prefixes::PrefixMap, verdicts::Verdicts};
 
 /// Number of a set of policies: what endpoints have in common that the same policies select.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -183,7 +183,7 @@ pub enum PeerKey {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A rule's name, for those who report.
-    Rule(RuleId, Option<RuleRef>),
+    Rule(RuleId, Option<Arc<RuleRef>>),
     /// A set, or its end.
     Set(SetId, Option<Arc<SetInfo>>),
     /// The entries of a class in a set, in place of what there was; `None` is their end.
@@ -200,18 +200,17 @@ pub enum Change {
 #[derive(Clone, Debug, Default)]
 pub struct PolicyTable {
     /// Names of rules.
-    pub rules: HashMap<RuleId, RuleRef>,
+    pub rules: HashMap<RuleId, Arc<RuleRef>>,
     /// Sets.
     pub sets: HashMap<SetId, Arc<SetInfo>>,
     /// Verdicts.
-    pub verdicts: HashMap<(SetId, Direction, ClassId), Arc<[Entry]>>,
+    pub verdicts: Verdicts,
     /// Endpoints of this node that some policy selects.
     pub endpoints: HashMap<IpAddr, Assigned<SetId>>,
     /// Classes of single addresses.
     pub addresses: HashMap<IpAddr, Assigned<ClassId>>,
     /// Classes of all others.
     pub prefixes: PrefixMap<Assigned<ClassId>>,
-    entries: usize,
 }
 
 /// What the two ends of a connection say to it.
@@ -247,10 +246,7 @@ impl PolicyTable {
             Change::Rule(id, rule) => put(&mut self.rules, *id, rule.clone()),
             Change::Set(id, info) => put(&mut self.sets, *id, info.clone()),
             Change::Verdicts(set, direction, class, entries) => {
-                let key = (*set, *direction, *class);
-                self.entries -= self.verdicts.get(&key).map_or(0, |e| e.len());
-                self.entries += entries.as_ref().map_or(0, |e| e.len());
-                put(&mut self.verdicts, key, entries.clone());
+                self.verdicts.set((*set, *direction, *class), entries.clone());
             }
             Change::Peer(PeerKey::Address(addr), class) => put(&mut self.addresses, *addr, *class),
             Change::Peer(PeerKey::Prefix(prefix), class) => self.prefixes.set(*prefix, *class),
@@ -261,7 +257,7 @@ impl PolicyTable {
 
     /// How many entries all verdicts have together: what a map of the kernel has to hold.
     pub fn entries(&self) -> usize {
-        self.entries
+        self.verdicts.entries()
     }
 
     /// The class of an address. IPv4 and IPv6 never meet: a prefix of one family holds no address of the other.
