@@ -61,6 +61,8 @@ pub struct Endpoint {
     pub hints: Option<Box<Hints>>,
     /// `targetRef.name` of a Pod.
     pub pod: Option<Box<str>>,
+    /// `hostname`: its name under that of its Service.
+    pub hostname: Option<Box<str>>,
 }
 
 impl Endpoint {
@@ -224,6 +226,7 @@ impl<'a> Reader<'a> {
             }
             _ => None,
         };
+        let hostname = string(".hostname", entry.get("hostname"))?.map(Box::from);
         let hints = self.hints(entry.get("hints"))?;
         Ok(Some(Endpoint {
             addr,
@@ -235,6 +238,7 @@ impl<'a> Reader<'a> {
             zone: zone.map(|name| self.shared(name)),
             hints,
             pod,
+            hostname,
         }))
     }
 

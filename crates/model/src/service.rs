@@ -14,6 +14,9 @@ use crate::{
 /// Label that leaves a Service to another proxy (KEP-2447).
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 
+/// Label of Services, and of the slices of headless ones, that proxies pass over whatever its value.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
 /// Seconds that a client keeps its endpoint when `sessionAffinityConfig` does not say (API documentation).
 pub const DEFAULT_AFFINITY_S: u32 = 10_800;
 
@@ -100,6 +103,12 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// The proxy that [`PROXY_NAME_LABEL`] leaves it to.
     pub proxy_name: Option<String>,
+    /// `spec.externalName`, for the type that is a name only.
+    pub external_name: Option<String>,
+    /// `spec.publishNotReadyAddresses`: names are about endpoints that are not ready, too.
+    pub publish_not_ready: bool,
+    /// Whether it has the [`HEADLESS_LABEL`].
+    pub labelled_headless: bool,
     /// `spec.ports`.
     pub ports: Vec<ServicePort>,
     /// Entries of lists that are malformed and left out.
@@ -138,6 +147,11 @@ impl Service {
             health_check_node_port: object.port("/spec/healthCheckNodePort")?,
             // Whatever its value: an empty one is no name of ours either.
             proxy_name: object.label(PROXY_NAME_LABEL)?.map(str::to_owned),
+            external_name: some_text(object.string("/spec/externalName")?),
+            publish_not_ready: object
+                .boolean("spec.publishNotReadyAddresses", value.pointer("/spec/publishNotReadyAddresses"))?
+                .unwrap_or(false),
+            labelled_headless: object.label(HEADLESS_LABEL)?.is_some(),
             ports: ports(&object, &mut refused)?,
             refused: Vec::new(),
         };
