@@ -28,6 +28,7 @@ mod config;
 pub mod defaults;
 mod endpoints;
 mod events;
+pub mod expand;
 pub mod hints;
 mod names;
 mod nodes;
