@@ -1,6 +1,6 @@
 //! One connection pool to one API server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::Error;
@@ -39,17 +39,37 @@ impl Client {
     /// # Errors
     /// The kubeconfig or the service account cannot be read, or holds a certificate that is not one.
     pub async fn new(credentials: &Credentials) -> Result<Self, Error> {
-        let mut config = match credentials {
-            Credentials::Kubeconfig(path) => {
-                let wrap = |source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) };
-                let file = kube::config::Kubeconfig::read_from(path).map_err(wrap)?;
-                let options = kube::config::KubeConfigOptions::default();
-                kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrap)?
-            }
+        match credentials {
+            Credentials::Kubeconfig(path) => Self::in_context(Some(path), None).await,
             Credentials::InCluster => {
-                kube::Config::incluster().map_err(|source| Error::InCluster { source: Box::new(source) })?
+                let config = kube::Config::incluster()
+                    .map_err(|source| Error::InCluster { source: Box::new(source) })?;
+                Self::with(config)
             }
+        }
+    }
+
+    /// For people's commands: a context of a kubeconfig by name, or its current one. Without a path those files that
+    /// `$KUBECONFIG` lists, else `~/.kube/config`.
+    ///
+    /// # Errors
+    /// The files cannot be read, have no such context, or hold a certificate that is not one.
+    pub async fn in_context(path: Option<&Path>, context: Option<&str>) -> Result<Self, Error> {
+        let wrap = |source| Error::Kubeconfig {
+            path: path.unwrap_or(Path::new("of $KUBECONFIG or ~/.kube/config")).to_owned(),
+            source: Box::new(source),
         };
+        let read = |path| match path {
+            Some(path) => kube::config::Kubeconfig::read_from(path),
+            None => kube::config::Kubeconfig::read(),
+        };
+        let file = read(path).map_err(wrap)?;
+        let options =
+            kube::config::KubeConfigOptions { context: context.map(str::to_owned), ..Default::default() };
+        Self::with(kube::Config::from_custom_kubeconfig(file, &options).await.map_err(wrap)?)
+    }
+
+    fn with(mut config: kube::Config) -> Result<Self, Error> {
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         config.read_timeout = Some(READ_TIMEOUT);
         // Retries belong to the callers here: they know what may be repeated and what to tell meanwhile.

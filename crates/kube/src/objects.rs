@@ -13,6 +13,8 @@ use crate::raw::Kind;
 
 /// How long an answer may take.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Objects of one page of [`list_pages`].
+const PAGE_SIZE: u32 = 500;
 /// Who wrote a field (`managedFields`).
 const FIELD_MANAGER: &str = "podway";
 
@@ -46,6 +48,35 @@ pub async fn list(client: &Client, kind: Kind) -> Result<Vec<Value>, Error> {
     let request = request("GET", &path(kind, "", None, Part::Main), None);
     let mut list = send(client, request, || format!("list {}", kind.plural)).await?;
     Ok(list.get_mut("items").and_then(Value::as_array_mut).map(std::mem::take).unwrap_or_default())
+}
+
+/// Reads all objects of a kind, in all namespaces, page by page.
+///
+/// # Errors
+/// The same as of [`list`], and 410 when the pages take so long that the server has forgotten the list.
+pub async fn list_pages(client: &Client, kind: Kind) -> Result<Vec<Value>, Error> {
+    let path = path(kind, "", None, Part::Main);
+    let mut objects = Vec::new();
+    let mut token = String::new();
+    loop {
+        let mut page = format!("{path}?limit={PAGE_SIZE}");
+        if !token.is_empty() {
+            page.push_str("&continue=");
+            page.push_str(&token);
+        }
+        let what = || format!("list {}", kind.plural);
+        let mut list = send(client, request("GET", &page, None), what).await?;
+        if let Some(items) = list.get_mut("items").and_then(Value::as_array_mut) {
+            objects.append(items);
+        }
+        match list.pointer("/metadata/continue").and_then(Value::as_str) {
+            // Servers make tokens of base64's characters, some of which mean something in an address.
+            Some(next) if !next.is_empty() => {
+                token = next.replace('%', "%25").replace('+', "%2B").replace('/', "%2F").replace('=', "%3D");
+            }
+            _ => return Ok(objects),
+        }
+    }
 }
 
 /// Creates an object.
@@ -148,6 +179,26 @@ mod tests {
 
     use super::*;
     use crate::testserver::{Reply, Server};
+
+    #[tokio::test]
+    async fn a_long_list_comes_in_pages() {
+        let mut server = Server::start(|request| match request.path.as_str() {
+            "/api/v1/nodes?limit=500" => Reply::json(
+                200,
+                &json!({"metadata": {"continue": "a+/b="}, "items": [{"metadata": {"name": "a"}}]}),
+            ),
+            _ => Reply::json(200, &json!({"metadata": {}, "items": [{"metadata": {"name": "b"}}]})),
+        })
+        .await;
+        let client = server.client().await;
+        let names: Vec<Value> = list_pages(&client, Kind::NODE).await.unwrap();
+        assert_eq!(
+            names.iter().map(|n| n["metadata"]["name"].as_str().unwrap()).collect::<Vec<_>>(),
+            ["a", "b"]
+        );
+        server.next().await;
+        assert_eq!(server.next().await.path, "/api/v1/nodes?limit=500&continue=a%2B%2Fb%3D");
+    }
 
     #[tokio::test]
     async fn each_verb_asks_for_the_right_thing() {
