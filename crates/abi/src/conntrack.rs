@@ -138,4 +138,8 @@ pub mod ct_flags {
     pub const FIN_REPLY: u32 = 1 << 4;
     /// TCP: a RST was seen.
     pub const RST: u32 = 1 << 5;
+    /// User space was told that the flow has ended.
+    pub const END_TOLD: u32 = 1 << 6;
+    /// The node's own stack opened the flow: no policy is asked about it.
+    pub const OWN: u32 = 1 << 7;
 }

@@ -10,6 +10,8 @@
 
 mod addr;
 mod conntrack;
+pub mod events;
+pub mod policy;
 mod reason;
 pub mod services;
 mod tables;
@@ -23,7 +25,7 @@ pub use tables::{
 };
 
 /// Version of every layout in this crate; part of the pin path of the maps.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Fails the build when `T` has padding: the sum of its fields must be its size.
 macro_rules! assert_layout {

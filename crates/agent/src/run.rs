@@ -349,7 +349,7 @@ fn sweep(datapath: &Datapath, metrics: &Metrics, stopping: &AtomicBool) {
             continue;
         }
         waited = Duration::ZERO;
-        match datapath.sweep_conntrack() {
+        match datapath.sweep_conntrack(|_| {}) {
             Ok(report) => {
                 metrics.conntrack_swept(report.removed);
                 debug!(live = report.live, removed = report.removed, "swept the connection table");

@@ -4,7 +4,10 @@ use std::{net::IpAddr, time::Duration};
 
 use aya::maps::{HashMap, Map, MapData};
 use nix::time::{ClockId, clock_gettime};
-use podway_abi::{CtEntry, CtKey, ct_flags};
+use podway_abi::{
+    CtEntry, CtKey, ct_flags,
+    events::{Event, EventKind, event_flags},
+};
 use podway_datapath::track;
 
 use crate::{Datapath, Error, Result, ignore_missing, lock};
@@ -75,26 +78,37 @@ impl Datapath {
         Ok(flows)
     }
 
-    /// Removes the flows whose idle limit has passed.
+    /// Removes the flows whose idle limit has passed, and hands over an event for each whose end was not told yet.
     ///
     /// # Errors
     /// When the table cannot be read or written.
-    pub fn sweep_conntrack(&self) -> Result<SweepReport> {
-        let now = monotonic_ns();
+    pub fn sweep_conntrack(&self, ended: impl FnMut(&Event)) -> Result<SweepReport> {
+        self.sweep_conntrack_at(Duration::ZERO, ended)
+    }
+
+    /// The same as if it were `later` already.
+    ///
+    /// # Errors
+    /// As [`Datapath::sweep_conntrack`].
+    pub fn sweep_conntrack_at(&self, later: Duration, mut ended: impl FnMut(&Event)) -> Result<SweepReport> {
+        let now = monotonic_ns().saturating_add(u64::try_from(later.as_nanos()).unwrap_or(u64::MAX));
         let mut tracked = lock(&self.flows);
         let mut over = Vec::new();
         let mut report = SweepReport::default();
         for entry in tracked.table.iter() {
             let (key, value) = entry.map_err(|e| Error::map("CONNTRACK", e))?;
             if track::is_over(&value, now) {
-                over.push(key);
+                over.push((key, value));
             } else {
                 report.live += 1;
             }
         }
-        for key in over {
+        for (key, value) in over {
             ignore_missing(tracked.table.remove(&key), "CONNTRACK")?;
             report.removed += 1;
+            if value.flags & ct_flags::END_TOLD == 0 {
+                ended(&end_of(&key, &value, now));
+            }
         }
         tracked.swept = Some(report);
         Ok(report)
@@ -107,6 +121,39 @@ fn monotonic_ns() -> u64 {
         .ok()
         .and_then(|t| u64::try_from(Duration::from(t).as_nanos()).ok())
         .unwrap_or_default()
+}
+
+/// What the programs would have told had the flow ended by a packet.
+fn end_of(key: &CtKey, entry: &CtEntry, now: u64) -> Event {
+    let (a, b) = ((key.a, key.a_port), (key.b, key.b_port));
+    let (src, dst) = if entry.flags & ct_flags::OPENED_BY_B != 0 { (b, a) } else { (a, b) };
+    let mut flags = event_flags::PARSED;
+    for (bit, flag) in [(ct_flags::REPLIED, event_flags::REPLIED), (ct_flags::RST, event_flags::RESET)] {
+        if entry.flags & bit != 0 {
+            flags |= flag;
+        }
+    }
+    if !track::is_closed(entry.flags) {
+        flags |= event_flags::EXPIRED;
+    }
+    // The interface that the opening end's packets came in on.
+    let route = if entry.flags & ct_flags::OPENED_BY_B != 0 { &entry.from_b } else { &entry.from_a };
+    Event {
+        time_ns: now,
+        created_ns: entry.created_ns,
+        packets: entry.packets,
+        bytes: entry.bytes,
+        src: src.0,
+        dst: dst.0,
+        src_port: src.1,
+        dst_port: dst.1,
+        ifindex: route.ingress,
+        proto: key.proto,
+        kind: EventKind::End as u8,
+        hook: route.hook,
+        flags,
+        ..Event::default()
+    }
 }
 
 fn describe(key: &CtKey, entry: &CtEntry, now: u64) -> Flow {

@@ -9,6 +9,7 @@
 mod attach;
 mod bpffs;
 mod error;
+mod events;
 mod flows;
 mod generation;
 mod object;
@@ -32,6 +33,7 @@ use podway_abi::{ABI_VERSION, Addr, Counter as AbiCounter, Hook, Mac, Source};
 
 pub use attach::AttachMethod;
 pub use error::{Error, Result};
+pub use events::{EventCounts, EventLimits, EventReader};
 pub use flows::{Flow, SweepReport};
 pub use object::is_built_in;
 pub use peers::{Peer, PeerFlags, SyncReport};
@@ -98,6 +100,7 @@ pub struct Datapath {
     pods: Mutex<Pods>,
     peers: Mutex<peers::Peers>,
     flows: Mutex<flows::Flows>,
+    events: Mutex<events::Events>,
     generation: generation::Generation,
     counters: PerCpuArray<MapData, AbiCounter>,
     /// The kernel's number of the configuration map.
@@ -161,6 +164,7 @@ impl Datapath {
             pods: Mutex::new(pods),
             peers: Mutex::new(peers::Peers::new(take(&mut ebpf, "PEERS")?, take(&mut ebpf, "PREFIXES")?)?),
             flows: Mutex::new(flows::Flows::new(take(&mut ebpf, "CONNTRACK")?)?),
+            events: Mutex::new(events::Events::new(&mut ebpf)?),
             counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?,
             ebpf: Mutex::new(ebpf),
         })

@@ -100,7 +100,7 @@ fn flows_are_tracked_in_both_directions_and_swept() {
     assert_eq!(flows[0].destination, (POD_2[0].parse().unwrap(), 2000));
     assert_eq!(flows[0].packets, [3, 1]);
     assert_eq!(flows[0].state, "answered");
-    let sweep = test.get().sweep_conntrack().unwrap();
+    let sweep = test.get().sweep_conntrack(|event| panic!("{event:?}")).unwrap();
     assert_eq!((sweep.live, sweep.removed), (1, 0));
 }
 

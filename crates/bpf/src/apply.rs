@@ -12,10 +12,11 @@ use podway_abi::{Endpoint, Hook, Mac, NodeConfig, Reason};
 use podway_datapath::{
     Action, Scratch, Tables, Verdict, decide,
     packet::{ETH_LEN, Kind},
+    track,
 };
 
 use crate::{
-    encap,
+    encap, events,
     maps::{self, Maps},
     reject::reject,
     rewrite::rewrite,
@@ -59,22 +60,42 @@ pub fn run(ctx: &TcContext, hook: Hook) -> i32 {
     }
     let code = match action.verdict {
         Verdict::Pass => Some(pass(ctx, hook)),
-        Verdict::Drop => Some(TC_ACT_SHOT),
+        Verdict::Drop => {
+            tell_drop(ctx, scratch, hook, action.reason);
+            Some(TC_ACT_SHOT)
+        }
         Verdict::ToPod => to_pod(ctx, hook, scratch, false),
         Verdict::ToPodQueue => to_pod(ctx, hook, scratch, true),
         Verdict::ToTunnel => to_tunnel(ctx, hook, scratch, true),
         Verdict::SetTunnel => to_tunnel(ctx, hook, scratch, false),
         Verdict::ToUplink => to_uplink(),
         Verdict::Reject => {
+            tell_drop(ctx, scratch, hook, action.reason);
             service_maps::count_connection(scratch.choice.service, false);
             Some(reject(ctx, hook, scratch).unwrap_or(TC_ACT_SHOT))
         }
     };
     if code.is_none() {
         action.reason = Reason::RewriteFailed;
+        tell_drop(ctx, scratch, hook, action.reason);
     }
     maps::count(hook, action.reason, bytes);
-    code.unwrap_or(TC_ACT_SHOT)
+    let code = code.unwrap_or(TC_ACT_SHOT);
+    if scratch.new_flow | scratch.reopened {
+        events::tell(ctx.skb.skb, scratch, events::what(hook, action.reason, false));
+    } else if track::may_end(&scratch.packet) {
+        events::closing(scratch);
+    }
+    code
+}
+
+/// Tells of a packet that goes no further; whatever it would have opened is not told of. Where the decision is carried
+/// out, because at the end of the program it would cost stack.
+#[inline(always)]
+fn tell_drop(ctx: &TcContext, scratch: &mut Scratch, hook: Hook, reason: Reason) {
+    scratch.new_flow = false;
+    scratch.reopened = false;
+    events::tell(ctx.skb.skb, scratch, events::what(hook, reason, true));
 }
 
 /// On to the stack, or to the device that the packet is bound for.
@@ -101,7 +122,9 @@ fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch, queued: bool) -> Optio
     if !matches!(hook, Hook::FromPod) {
         ctx.change_type(PACKET_HOST).ok()?;
     }
-    if queued {
+    // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessor.
+    let bundle = unsafe { (*ctx.skb.skb).gso_size } != 0;
+    if queued || bundle {
         ctx.set_mark(MARK_DECIDED);
         // SAFETY: no preconditions; the kernel checks the interface.
         return Some(unsafe { bpf_redirect(target.ifindex, 0) } as i32);

@@ -9,6 +9,7 @@
 
 mod apply;
 mod encap;
+mod events;
 mod maps;
 mod reject;
 mod rewrite;
@@ -35,6 +36,12 @@ pub fn to_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn from_uplink(ctx: TcContext) -> i32 {
     apply::run(&ctx, Hook::FromUplink)
+}
+
+/// Underlay device, egress: what the node sends.
+#[classifier]
+pub fn to_uplink(ctx: TcContext) -> i32 {
+    apply::run(&ctx, Hook::ToUplink)
 }
 
 /// Tunnel device, ingress.

@@ -11,7 +11,9 @@ use podway_abi::{
     Addr, Counter, CtEntry, CtKey, CtRoute, Endpoint, Hook, MAX_CONNTRACK, MAX_ENDPOINTS, MAX_PEERS,
     MAX_PREFIXES, NodeConfig, Peer, REASON_SLOTS, Reason, Source, counter_index,
 };
-use podway_datapath::{Found, Observation, Scratch, Tables, track};
+use podway_datapath::{Found, Observation, Observed, Scratch, Tables, track};
+
+use crate::events;
 
 #[map]
 static CONFIG: Array<NodeConfig> = Array::pinned(1, 0);
@@ -110,15 +112,19 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool {
-        let Some(entry) = flow(key) else { return false };
-        track::observe(entry, observation, route);
-        true
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> Observed {
+        let Some(entry) = flow(key) else { return Observed::Nothing };
+        // What it was is told before it becomes another flow.
+        if track::starts_over(entry, observation) {
+            events::ended(key, entry, route, 0);
+        }
+        track::observe(entry, observation, route)
     }
 }
 
+/// The flow's entry, to be changed in place.
 #[inline(always)]
-fn flow(key: &CtKey) -> Option<&'static mut CtEntry> {
+pub fn flow(key: &CtKey) -> Option<&'static mut CtEntry> {
     let slot = CONNTRACK.get_ptr_mut(key)?;
     // SAFETY: the entry lives until the end of the program at least (RCU), and no reference is kept longer. Another
     // CPU may write the same flow at the same time: counters may then miss a packet, and a route is not taken while it

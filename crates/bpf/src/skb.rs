@@ -1,8 +1,7 @@
 //! A socket buffer as the decisions see it, and the hook around it.
 
 use aya_ebpf::{
-    EbpfContext,
-    bindings::{BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
+    bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, bpf_tunnel_key},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_skb_get_tunnel_key},
     programs::TcContext,
 };
@@ -120,39 +119,42 @@ impl Env for SkbEnv<'_> {
 
     #[inline(always)]
     fn tunnel_key(&self, config: &NodeConfig) -> Option<TunnelKey> {
-        let v6 = is_underlay_v6(config);
-        // SAFETY: all fields are integers or unions of integers.
-        let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-        let flags = if v6 { BPF_F_TUNINFO_IPV6 as u64 } else { 0 };
-        // SAFETY: `key` is as large as the size given says.
-        let result = unsafe {
-            bpf_skb_get_tunnel_key(
-                self.ctx.as_ptr().cast(),
-                &mut key,
-                size_of::<bpf_tunnel_key>() as u32,
-                flags,
-            )
-        };
-        if result != 0 {
-            return None;
-        }
-        // SAFETY: the helper has filled the field of the family that was asked for.
-        let source = unsafe {
-            if v6 {
-                Addr::from_v6_words(key.__bindgen_anon_1.remote_ipv6)
-            } else {
-                // The helper speaks host byte order for IPv4 (net/core/filter.c).
-                Addr::from_v4_word(key.__bindgen_anon_1.remote_ipv4.to_be())
-            }
-        };
-        Some(TunnelKey { source, vni: key.tunnel_id })
+        let mut key = TunnelKey { source: Addr::UNSPECIFIED, vni: 0 };
+        if read_tunnel_key(self.ctx.skb.skb, is_underlay_v6(config), &mut key) { Some(key) } else { None }
     }
 
     #[inline(always)]
     fn is_decided(&self) -> bool {
         // SAFETY: as in `ifindex`.
-        unsafe { (*self.ctx.skb.skb).mark == MARK_DECIDED }
+        let skb = unsafe { &*self.ctx.skb.skb };
+        // What did not come in on any device is the node's own.
+        if matches!(self.hook, Hook::ToUplink) { skb.ingress_ifindex != 0 } else { skb.mark == MARK_DECIDED }
     }
+}
+
+/// A subprogram, because the kernel's form of the key is large and the stack is for the programs' other needs.
+#[inline(never)]
+fn read_tunnel_key(skb: *mut __sk_buff, v6: bool, out: &mut TunnelKey) -> bool {
+    // SAFETY: all fields are integers or unions of integers.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let flags = if v6 { BPF_F_TUNINFO_IPV6 as u64 } else { 0 };
+    // SAFETY: `key` is as large as the size given says.
+    let result =
+        unsafe { bpf_skb_get_tunnel_key(skb, &mut key, size_of::<bpf_tunnel_key>() as u32, flags) };
+    if result != 0 {
+        return false;
+    }
+    // SAFETY: the helper has filled the field of the family that was asked for.
+    out.source = unsafe {
+        if v6 {
+            Addr::from_v6_words(key.__bindgen_anon_1.remote_ipv6)
+        } else {
+            // The helper speaks host byte order for IPv4 (net/core/filter.c).
+            Addr::from_v4_word(key.__bindgen_anon_1.remote_ipv4.to_be())
+        }
+    };
+    out.vni = key.tunnel_id;
+    true
 }
 
 /// Whether the tunnel's outer header is IPv6.

@@ -13,7 +13,7 @@ use podway_abi::{
     },
 };
 use podway_datapath::{
-    Bytes, Env, Found, Observation, Scratch, Tables, TunnelKey, service::ServiceHost, track,
+    Bytes, Env, Found, Observation, Observed, Scratch, Tables, TunnelKey, service::ServiceHost, track,
 };
 
 use crate::services::HostServices;
@@ -101,10 +101,9 @@ impl Tables for HostTables {
         if track::follow(entry, observation, route) { Found::Route } else { Found::Flow }
     }
 
-    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool {
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> Observed {
         let mut flows = self.conntrack.borrow_mut();
-        let entry = flows.get_mut(key);
-        entry.map(|entry| track::observe(entry, observation, route)).is_some()
+        flows.get_mut(key).map_or(Observed::Nothing, |entry| track::observe(entry, observation, route))
     }
 }
 
@@ -155,6 +154,10 @@ impl ServiceHost for HostTables {
 
     fn masquerade(&self, v4: bool) -> Addr {
         ServiceHost::masquerade(&self.services, v4)
+    }
+
+    fn node_serves(&self) -> bool {
+        ServiceHost::node_serves(&self.services)
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {

@@ -27,7 +27,7 @@ use podway_abi::{
 };
 
 pub use packet::Packet;
-pub use track::{Found, Observation};
+pub use track::{Found, Observation, Observed};
 
 /// The bytes of one packet, from its Ethernet header on.
 pub trait Bytes {
@@ -69,8 +69,8 @@ pub trait Tables: service::ServiceHost {
     /// Done in one step because the kernel pays for each look-up of a 40-byte key; a host that must not change
     /// anything applies it to a copy.
     fn follow(&self, key: &CtKey, observation: &Observation, route: &mut CtRoute) -> Found;
-    /// Looks a flow up and applies [`track::observe`] to it in the same way. Says whether there is one.
-    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> bool;
+    /// Looks a flow up and applies [`track::observe`] to it in the same way.
+    fn observe(&self, key: &CtKey, observation: &Observation, route: &CtRoute) -> Observed;
 }
 
 /// What a hook knows besides the packet.
@@ -86,7 +86,7 @@ pub trait Env {
     /// Where a decapsulated packet came from.
     fn tunnel_key(&self, config: &NodeConfig) -> Option<TunnelKey>;
     /// Whether an earlier hook of this node already decided about this packet: it chose the tunnel's other end, or
-    /// delivered it to the pod by way of its queue.
+    /// delivered it to the pod by way of its queue; on its way out of the node, whether it came in somewhere.
     fn is_decided(&self) -> bool;
 }
 
@@ -178,6 +178,8 @@ pub struct Scratch {
     pub ct_entry: CtEntry,
     /// Whether the packet opens a flow: the host inserts it unless the packet is dropped.
     pub new_flow: bool,
+    /// Whether the packet opened a flow again that was over and still in the table.
+    pub reopened: bool,
     /// Whether the packet comes from end `b` of [`Scratch::ct_key`].
     pub from_b: bool,
     /// Whether the packet has to become what [`Scratch::packet`] says; it was [`Scratch::was`].
@@ -188,6 +190,9 @@ pub struct Scratch {
     pub new_translation: bool,
     /// Whether [`Scratch::fragment_ports`] have to be written under [`Scratch::fragment`].
     pub new_fragment: bool,
+    /// Whether it has to be written down that the node itself is a backend of somebody beyond it
+    /// ([`service::ServiceHost::node_serves`]); comes with a new translation.
+    pub node_serves: bool,
     /// What the packet was when it came, when [`Scratch::rewrite`] is set.
     pub was: Tuple,
     /// The packet inside an ICMP error: its ends and its protocol.
@@ -224,11 +229,13 @@ impl Scratch {
             },
             ct_entry: CtEntry::NONE,
             new_flow: false,
+            reopened: false,
             from_b: false,
             rewrite: false,
             rewrite_inner: false,
             new_translation: false,
             new_fragment: false,
+            node_serves: false,
             was: Tuple::NONE,
             inner: Packet::EMPTY,
             inner_now: Tuple::NONE,
@@ -254,10 +261,14 @@ impl Default for Scratch {
 #[inline(always)]
 pub fn decide(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
     scratch.new_flow = false;
+    scratch.reopened = false;
+    // Until there is one that was read.
+    scratch.packet.l3_len = 0;
     scratch.rewrite = false;
     scratch.rewrite_inner = false;
     scratch.new_translation = false;
     scratch.new_fragment = false;
+    scratch.node_serves = false;
     scratch.choice.service = u32::MAX;
     scratch.choice.remember = false;
     match env.hook() {
@@ -266,6 +277,7 @@ pub fn decide(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch:
         Hook::FromUplink => forward::from_uplink(bytes, tables, env, scratch),
         Hook::FromTunnel => forward::from_tunnel(bytes, tables, env, scratch),
         Hook::ToTunnel => forward::to_tunnel(bytes, tables, env, scratch),
+        Hook::ToUplink => forward::to_uplink(bytes, tables, env, scratch),
     }
 }
 

@@ -94,6 +94,17 @@ pub enum Found {
     Nothing,
 }
 
+/// What became of a packet of a flow whose route had to be looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// It was recorded with its flow.
+    Known,
+    /// It opened the flow again, which was over.
+    Anew,
+    /// There is no such flow.
+    Nothing,
+}
+
 /// The entry that a flow's first packet makes.
 #[inline(always)]
 pub fn open(observation: &Observation, route: &CtRoute, out: &mut CtEntry) {
@@ -120,14 +131,16 @@ pub fn open(observation: &Observation, route: &CtRoute, out: &mut CtEntry) {
 }
 
 /// Applies one packet to its flow, with the route that was looked up for it. A new SYN on a closed or idle flow opens
-/// it again.
+/// it again; says whether it did.
 #[inline(always)]
-pub fn observe(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) {
+pub fn observe(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) -> Observed {
     if starts_over(entry, observation) {
         open(observation, route, entry);
+        Observed::Anew
     } else {
         record(entry, observation);
         learn(entry, observation, route);
+        Observed::Known
     }
 }
 
@@ -195,7 +208,7 @@ fn learn(entry: &mut CtEntry, observation: &Observation, route: &CtRoute) {
 
 /// Whether the packet is the first of another flow with the same ends.
 #[inline(always)]
-fn starts_over(entry: &CtEntry, observation: &Observation) -> bool {
+pub fn starts_over(entry: &CtEntry, observation: &Observation) -> bool {
     is_over(entry, observation.now_ns) || (is_syn(observation) && is_closed(entry.flags))
 }
 
@@ -235,6 +248,12 @@ fn record(entry: &mut CtEntry, observation: &Observation) {
 #[inline(always)]
 pub fn is_over(entry: &CtEntry, now_ns: u64) -> bool {
     now_ns.saturating_sub(entry.last_seen_ns) > entry.idle_limit_s as u64 * 1_000_000_000
+}
+
+/// Whether the packet may be the one that ends its flow.
+#[inline(always)]
+pub const fn may_end(packet: &Packet) -> bool {
+    packet.l3_len != 0 && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0 && packet.has(flags::PORTS)
 }
 
 /// Whether a TCP flow has ended in both directions.
@@ -312,8 +331,12 @@ pub fn track(tables: &impl Tables, observation: &Observation, found: Found, scra
         return;
     }
     // Between the two look-ups the table may have lost the flow.
-    if found == Found::Flow && tables.observe(&scratch.ct_key, observation, &scratch.route) {
-        return;
+    if found == Found::Flow {
+        let observed = tables.observe(&scratch.ct_key, observation, &scratch.route);
+        if observed != Observed::Nothing {
+            scratch.reopened = observed == Observed::Anew;
+            return;
+        }
     }
     open(observation, &scratch.route, &mut scratch.ct_entry);
     scratch.new_flow = true;
