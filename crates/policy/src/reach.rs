@@ -50,6 +50,13 @@ pub struct Place {
     class: ClassId,
 }
 
+impl Place {
+    /// Whether every connection of it is judged as that of another, towards whomever.
+    pub fn is_like(&self, other: &Place) -> bool {
+        self.set == other.set && self.class == other.class
+    }
+}
+
 impl<'a> Reachability<'a> {
     /// Of everything that a compiler knows.
     pub fn new(compiler: &'a Compiler) -> Self {

@@ -1,29 +1,30 @@
-//! A cluster to judge: from manifests, where workloads stand for their pods, or from a lab's API.
+//! A cluster to judge, made of objects: pods that policies cannot tell apart are one group.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
 
-use podway_lab::{client::Client, manifest, spec::LabName};
 use podway_model::cluster_policy::CLUSTER_POLICY_KINDS;
-use podway_model::{ClusterNetworkPolicy, Namespace, NetworkPolicy, NodePeer, Pod, Rejection};
-use podway_policy::{Compiler, Update};
-use serde_json::{Value, json};
+use podway_model::{ClusterNetworkPolicy, Namespace, NetworkPolicy, NodePeer, Pod, Protocol, Rejection};
+use podway_policy::{Compiler, Place, Reachability, Update};
+use podway_workloads::expand::{MAX_ORDINALS, Workload, expand};
+use serde_json::Value;
+
+use super::source::Objects;
 
 /// First address that is assumed for pods without one; 10.244.0.0/15 holds 131,000.
 const FIRST_POD: u32 = u32::from_be_bytes([10, 244, 0, 1]);
 /// Assumed for pods on their node's network when no Node is given (RFC 5737, TEST-NET-1).
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
-/// Pods that policies cannot tell apart: those of one workload, or one that stands for itself.
+/// Pods of one workload that policies cannot tell apart, or one pod that stands for itself.
 #[derive(Debug, Clone)]
 pub(super) struct Group {
     pub(super) name: String,
-    pub(super) address: IpAddr,
-    /// Of another pod like it; `None` when there is only one.
-    pub(super) other: Option<IpAddr>,
+    pub(super) addresses: Vec<IpAddr>,
+    /// Those of another pod like it; `None` when there is only one.
+    pub(super) other: Option<Vec<IpAddr>>,
     /// Ports that it says it serves.
-    pub(super) served: Vec<(podway_model::Protocol, u16)>,
+    pub(super) served: Vec<(Protocol, u16)>,
 }
 
 /// What there is to judge.
@@ -48,152 +49,152 @@ impl Addresses {
     }
 }
 
-/// Reads manifests.
-///
-/// # Errors
-/// A path cannot be read.
-pub(super) fn from_manifests(paths: &[PathBuf], addresses: &mut Addresses) -> anyhow::Result<Cluster> {
-    let loaded = manifest::load(paths)?;
-    let mut reader = Reader::new(addresses);
-    reader.problems.extend(loaded.problems.iter().map(ToString::to_string));
-    reader.notes.extend(loaded.notes);
-    for object in loaded.objects {
-        reader.object(object.value, &format!("{}: ", object.origin));
+impl Group {
+    /// The addresses by which two groups are judged, of one family; `None` when a single pod would be asked about
+    /// itself, or when they have no family in common.
+    pub(super) fn to(&self, target: &Group) -> Option<(IpAddr, IpAddr)> {
+        let targets = if self.name == target.name { target.other.as_ref()? } else { &target.addresses };
+        self.addresses.iter().find_map(|source| {
+            let target = targets.iter().find(|target| target.is_ipv4() == source.is_ipv4())?;
+            Some((*source, *target))
+        })
     }
-    Ok(reader.finish())
 }
 
-/// Reads a running lab.
-///
-/// # Errors
-/// There is no such lab, or it does not answer.
-pub(super) fn from_lab(lab: &LabName) -> anyhow::Result<Cluster> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut addresses = Addresses::default();
-    let mut reader = Reader::new(&mut addresses);
-    runtime.block_on(async {
-        let mut client = Client::of_lab(lab)?;
-        for (kind, path, optional) in [
-            ("Namespace", "/api/v1/namespaces", false),
-            ("Node", "/api/v1/nodes", false),
-            ("Pod", "/api/v1/pods", false),
-            ("NetworkPolicy", "/apis/networking.k8s.io/v1/networkpolicies", false),
-            ("ClusterNetworkPolicy", "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies", true),
-            ("ClusterNetworkPolicy", "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies", true),
-            ("AdminNetworkPolicy", "/apis/policy.networking.k8s.io/v1alpha1/adminnetworkpolicies", true),
-            (
-                "BaselineAdminNetworkPolicy",
-                "/apis/policy.networking.k8s.io/v1alpha1/baselineadminnetworkpolicies",
-                true,
-            ),
-        ] {
-            let answer = client.call(http::Method::GET, path, None).await?;
-            // A kind that nobody has defined has no objects.
-            if optional && answer.code == http::StatusCode::NOT_FOUND {
-                continue;
-            }
-            for mut item in answer.ok()?["items"].as_array().cloned().unwrap_or_default() {
-                item["kind"] = kind.into();
-                reader.object(item, "");
-            }
-        }
-        anyhow::Ok(())
-    })?;
-    Ok(reader.finish())
+pub(super) fn is_cluster_policy(kind: &str) -> bool {
+    CLUSTER_POLICY_KINDS.contains(&kind)
+}
+
+/// One pod on its way into a group.
+struct Member {
+    name: String,
+    kind: String,
+    addresses: Vec<IpAddr>,
+    served: Vec<(Protocol, u16)>,
 }
 
 struct Reader<'a> {
     addresses: &'a mut Addresses,
+    is_live: bool,
     updates: Vec<Update>,
-    groups: Vec<Group>,
-    /// Objects that there were already: the last one counts.
-    seen: BTreeSet<(String, String)>,
+    /// By namespace/name of the workload, or of the pod that stands for itself.
+    members: BTreeMap<String, Vec<Member>>,
+    /// Pods that there were already.
+    seen: BTreeSet<String>,
     has_nodes: bool,
     has_host_pods: bool,
     problems: Vec<String>,
     notes: Vec<String>,
 }
 
-impl<'a> Reader<'a> {
-    fn new(addresses: &'a mut Addresses) -> Self {
-        Self {
-            addresses,
-            updates: Vec::new(),
-            groups: Vec::new(),
-            seen: BTreeSet::new(),
-            has_nodes: false,
-            has_host_pods: false,
-            problems: Vec::new(),
-            notes: Vec::new(),
-        }
-    }
-
-    fn object(&mut self, mut value: Value, origin: &str) {
+/// Puts objects together. Of objects of one kind and name the last one counts.
+pub(super) fn read(objects: Objects, addresses: &mut Addresses) -> Cluster {
+    let mut reader = Reader {
+        addresses,
+        is_live: objects.is_live,
+        updates: Vec::new(),
+        members: BTreeMap::new(),
+        seen: BTreeSet::new(),
+        has_nodes: false,
+        has_host_pods: false,
+        problems: objects.problems,
+        notes: objects.notes,
+    };
+    let mut origins = BTreeMap::new();
+    let mut workloads = Vec::new();
+    for (mut value, origin) in objects.objects {
         let kind = value["kind"].as_str().unwrap_or_default().to_owned();
         let namespaced = !matches!(kind.as_str(), "Namespace" | "Node") && !is_cluster_policy(&kind);
         if namespaced && value["metadata"]["namespace"].as_str().unwrap_or_default().is_empty() {
             value["metadata"]["namespace"] = "default".into();
         }
-        let result: Result<(), Rejection> = match kind.as_str() {
-            "Namespace" => Namespace::parse(&value).map(|n| self.updates.push(Update::Namespace(n))),
-            "Node" => NodePeer::parse(&value).map(|n| {
+        let is_known = matches!(kind.as_str(), "Namespace" | "Node" | "Pod" | "NetworkPolicy");
+        if is_known || is_cluster_policy(&kind) {
+            reader.object(&kind, &value, &origin);
+        } else if !reader.is_live {
+            let text = |field: &str| value["metadata"][field].as_str().unwrap_or_default().to_owned();
+            origins.insert(Workload { namespace: text("namespace"), name: text("name"), kind }, origin);
+            workloads.push(value);
+        }
+    }
+    reader.workloads(&workloads, &origins);
+    reader.finish()
+}
+
+impl Reader<'_> {
+    fn object(&mut self, kind: &str, value: &Value, origin: &str) {
+        let result: Result<(), Rejection> = match kind {
+            "Namespace" => Namespace::parse(value).map(|n| self.updates.push(Update::Namespace(n))),
+            "Node" => NodePeer::parse(value).map(|n| {
                 self.has_nodes = true;
                 self.updates.push(Update::Node(n));
             }),
-            "NetworkPolicy" => match NetworkPolicy::parse(&value) {
+            "NetworkPolicy" => match NetworkPolicy::parse(value) {
                 Ok(policy) => {
                     self.updates.push(Update::NetworkPolicy(policy));
                     Ok(())
                 }
                 Err(rejection) => {
-                    let closed = NetworkPolicy::closed(&value);
+                    let closed = NetworkPolicy::closed(value);
                     self.updates.extend(closed.map(Update::NetworkPolicy));
                     Err(rejection)
                 }
             },
-            kind if is_cluster_policy(kind) => {
-                ClusterNetworkPolicy::parse(&value).map(|p| self.updates.push(Update::ClusterPolicy(p)))
-            }
-            "Pod" => self.pods(&value, None),
-            _ => match template(&kind, &value) {
-                Some((template, several)) => self.pods(&template, Some(several)),
-                None => Ok(()),
-            },
+            "Pod" => self.pod(value, None),
+            _ => ClusterNetworkPolicy::parse(value).map(|p| self.updates.push(Update::ClusterPolicy(p))),
         };
         if let Err(rejection) = result {
             self.problems.push(format!("{origin}{rejection}"));
         }
     }
 
-    /// `several` says of a workload whether it has more than one pod.
-    fn pods(&mut self, value: &Value, several: Option<bool>) -> Result<(), Rejection> {
+    fn workloads(&mut self, values: &[Value], origins: &BTreeMap<Workload, String>) {
+        let expansion = expand(values);
+        let origin = |workload: &Workload| origins.get(workload).map(String::as_str).unwrap_or_default();
+        let mut refused: BTreeSet<Workload> = BTreeSet::new();
+        for (workload, cause) in &expansion.refused {
+            let Workload { namespace, name, kind } = workload;
+            self.problems.push(format!("{}{kind} {namespace}/{name}: {cause}", origin(workload)));
+        }
+        for (workload, pod) in &expansion.pods {
+            // All pods of a workload have the same mistakes.
+            if let Err(Rejection { field, cause, .. }) = self.pod(pod, Some(workload))
+                && refused.insert(workload.clone())
+            {
+                let Workload { namespace, name, kind } = workload;
+                let of = if kind == "CronJob" { "spec.jobTemplate.spec.template" } else { "spec.template" };
+                let origin = origin(workload);
+                self.problems.push(format!("{origin}{kind} {namespace}/{name}: {of}.{field}: {cause}"));
+            }
+        }
+        for Workload { namespace, name, .. } in &expansion.cut {
+            let note =
+                format!("StatefulSet {namespace}/{name}: of its pods the first {MAX_ORDINALS} are looked at");
+            self.notes.push(note);
+        }
+    }
+
+    fn pod(&mut self, value: &Value, of: Option<&Workload>) -> Result<(), Rejection> {
         let mut pod = Pod::parse(value)?;
         let name = format!("{}/{}", pod.namespace, pod.name);
-        let kind = if several.is_some() { "workload" } else { "pod" };
-        if pod.finished || !self.seen.insert((kind.to_owned(), name.clone())) {
+        if pod.finished || !self.seen.insert(name.clone()) {
             return Ok(());
         }
         if pod.addresses.is_empty() {
             if pod.host_network {
                 self.has_host_pods = true;
                 pod.addresses.push(NODE.into());
-            } else if several.is_none() && value.get("status").is_some_and(|s| s.get("phase").is_some()) {
+            } else if self.is_live {
                 self.notes.push(format!("pod {name} has no address yet and is left out"));
                 return Ok(());
             } else {
                 pod.addresses.push(self.addresses.of(&name).into());
             }
         }
-        let address = pod.addresses[0];
-        let mut other = None;
-        if several == Some(true) && !pod.host_network {
-            let mut twin = pod.clone();
-            twin.name.push_str("-2");
-            twin.addresses = vec![self.addresses.of(&format!("{name} 2")).into()];
-            other = Some(twin.addresses[0]);
-            self.updates.push(Update::Pod(twin));
-        }
-        self.groups.push(Group { name, address, other, served: pod.served.clone() });
+        let group = of.map_or_else(|| name.clone(), |w| format!("{}/{}", w.namespace, w.name));
+        let kind = of.map_or("Pod", |w| &w.kind).to_owned();
+        let (addresses, served) = (pod.addresses.clone(), pod.served.clone());
+        self.members.entry(group).or_default().push(Member { name, kind, addresses, served });
         self.updates.push(Update::Pod(pod));
         Ok(())
     }
@@ -203,87 +204,124 @@ impl<'a> Reader<'a> {
             let node = NodePeer { name: "node".into(), addresses: vec![NODE.into()], ..NodePeer::default() };
             self.updates.push(Update::Node(node));
         }
-        self.groups.sort_by(|a, b| a.name.cmp(&b.name));
         let mut compiler = Compiler::for_cluster();
         compiler.apply(self.updates);
+        let mut groups = groups(&compiler, self.members);
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
         if !self.addresses.0.is_empty() && compiler.size().prefixes > 0 {
             let note = "policies have ranges of addresses, and pods without an address were given one of 10.244.0.0/15";
             self.notes.push(note.into());
         }
         self.notes.extend(compiler.findings().iter().map(ToString::to_string));
-        Cluster { compiler, groups: self.groups, problems: self.problems, notes: self.notes }
+        Cluster { compiler, groups, problems: self.problems, notes: self.notes }
     }
 }
 
-fn is_cluster_policy(kind: &str) -> bool {
-    CLUSTER_POLICY_KINDS.contains(&kind)
-}
-
-/// The pod that a workload makes, and whether it makes more than one.
-fn template(kind: &str, value: &Value) -> Option<(Value, bool)> {
-    let spec = &value["spec"];
-    let replicas = spec["replicas"].as_u64().unwrap_or(1);
-    let (template, count) = match kind {
-        "Deployment" | "ReplicaSet" | "ReplicationController" | "StatefulSet" => {
-            (&spec["template"], replicas)
+/// Members of one workload together, as far as policies do not tell them apart.
+fn groups(compiler: &Compiler, members: BTreeMap<String, Vec<Member>>) -> Vec<Group> {
+    let reach = Reachability::new(compiler);
+    let mut groups = Vec::new();
+    for (name, members) in members {
+        let kinds: BTreeSet<String> = members.iter().map(|m| m.kind.clone()).collect();
+        let mut alike: Vec<(Vec<Place>, String, Vec<Member>)> = Vec::new();
+        for member in members {
+            let places: Vec<Place> = member.addresses.iter().map(|addr| reach.place(*addr)).collect();
+            let same = |(others, kind, _): &&mut (Vec<Place>, String, Vec<Member>)| {
+                *kind == member.kind
+                    && others.len() == places.len()
+                    && others.iter().zip(&places).all(|(a, b)| a.is_like(b))
+            };
+            match alike.iter_mut().find(same) {
+                Some((.., list)) => list.push(member),
+                None => alike.push((places, member.kind.clone(), vec![member])),
+            }
         }
-        // One on each node.
-        "DaemonSet" => (&spec["template"], 2),
-        "Job" => (&spec["template"], spec["parallelism"].as_u64().unwrap_or(1)),
-        "CronJob" => (&spec["jobTemplate"]["spec"]["template"], 1),
-        _ => return None,
-    };
-    if count == 0 {
-        return None;
+        for kind in &kinds {
+            let parts: Vec<_> = alike.iter().filter(|(_, of, _)| of == kind).collect();
+            for (.., list) in &parts {
+                let name = match (&parts[..], kinds.len(), list.len()) {
+                    ([_], 1, _) => name.clone(),
+                    ([_], ..) => format!("{name} ({kind})"),
+                    (_, _, 1) => list[0].name.clone(),
+                    (_, _, n) => format!("{} and {} more", list[0].name, n - 1),
+                };
+                let other = list.get(1).filter(|other| other.addresses != list[0].addresses);
+                groups.push(Group {
+                    name,
+                    addresses: list[0].addresses.clone(),
+                    other: other.map(|other| other.addresses.clone()),
+                    served: list[0].served.clone(),
+                });
+            }
+        }
     }
-    let metadata = json!({
-        "namespace": value["metadata"]["namespace"],
-        "name": value["metadata"]["name"],
-        "labels": template["metadata"]["labels"],
-    });
-    Some((json!({"metadata": metadata, "spec": template["spec"]}), count > 1))
+    groups
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
+    fn cluster(values: Vec<Value>) -> Cluster {
+        let objects = values.into_iter().map(|value| (value, "f: ".to_owned())).collect();
+        read(Objects { objects, ..Objects::default() }, &mut Addresses::default())
+    }
+
+    fn names(cluster: &Cluster) -> Vec<&str> {
+        cluster.groups.iter().map(|g| g.name.as_str()).collect()
+    }
+
+    fn workload(kind: &str, replicas: u64) -> Value {
+        json!({"apiVersion": "apps/v1", "kind": kind, "metadata": {"name": "web"}, "spec": {"replicas": replicas,
+            "selector": {"matchLabels": {"app": "web"}}, "template": {"metadata": {"labels": {"app": "web"}},
+            "spec": {"containers": [{"name": "c", "ports": [{"containerPort": 80}]}]}}}})
+    }
+
     #[test]
-    fn workloads_stand_for_their_pods() {
-        let labels = json!({"metadata": {"labels": {"app": "web"}}, "spec": {"containers": []}});
-        for (kind, spec, expected) in [
-            ("Deployment", json!({"replicas": 3, "template": labels}), Some(true)),
-            ("Deployment", json!({"template": labels}), Some(false)),
-            ("Deployment", json!({"replicas": 0, "template": labels}), None),
-            ("DaemonSet", json!({"template": labels}), Some(true)),
-            ("CronJob", json!({"jobTemplate": {"spec": {"template": labels}}}), Some(false)),
-            ("Service", json!({}), None),
-        ] {
-            let value = json!({"metadata": {"name": "w", "namespace": "x"}, "spec": spec});
-            let made = template(kind, &value);
-            assert_eq!(made.as_ref().map(|(_, several)| *several), expected, "{kind} {spec}");
-            if let Some((pod, _)) = made {
-                assert_eq!(Pod::parse(&pod).unwrap().labels["app"], "web");
-            }
-        }
+    fn pods_that_policies_tell_apart_are_groups_of_their_own() {
+        let policy = json!({"kind": "NetworkPolicy", "metadata": {"name": "p"}, "spec": {
+            "podSelector": {"matchLabels": {"statefulset.kubernetes.io/pod-name": "web-0"}}}});
+        let sets = || vec![workload("StatefulSet", 3), workload("Deployment", 1)];
+        let plain = cluster(sets());
+        assert_eq!(names(&plain), ["default/web (Deployment)", "default/web (StatefulSet)"]);
+        assert!(plain.groups[0].other.is_none() && plain.groups[1].other.is_some());
+        let mut policed = sets();
+        policed.push(policy);
+        let policed = cluster(policed);
+        assert_eq!(
+            names(&policed),
+            ["default/web (Deployment)", "default/web-0", "default/web-1 and 1 more"]
+        );
+        let [_, first, rest] = &policed.groups[..] else { panic!("{:?}", policed.groups) };
+        let judge = |(a, b): (IpAddr, IpAddr)| policed.compiler.table().judge(a, b, 6, 80).allow();
+        assert!(!judge(rest.to(first).unwrap()) && judge(first.to(rest).unwrap()));
+        assert!(first.to(first).is_none());
+    }
+
+    #[test]
+    fn a_malformed_workload_is_named_once() {
+        let mut bad = workload("Deployment", 3);
+        bad["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] = 70_000.into();
+        let cluster = cluster(vec![bad]);
+        let [problem] = &cluster.problems[..] else { panic!("{:?}", cluster.problems) };
+        let start = "f: Deployment default/web: spec.template.spec.containers[0].ports[0].containerPort: ";
+        assert!(problem.starts_with(start), "{problem}");
     }
 
     #[test]
     fn a_refused_policy_is_named_and_isolates() {
-        let mut addresses = Addresses::default();
-        let mut reader = Reader::new(&mut addresses);
         let pod = |name: &str| json!({"kind": "Pod", "metadata": {"name": name}, "spec": {"containers": []}});
-        reader.object(pod("a"), "f: ");
-        reader.object(pod("b"), "f: ");
         let policy = json!({"kind": "NetworkPolicy", "metadata": {"name": "p"},
             "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 0}]}]}});
-        reader.object(policy, "f: ");
-        let cluster = reader.finish();
+        let cluster = cluster(vec![pod("a"), pod("b"), policy]);
         assert_eq!(cluster.problems.len(), 1);
         assert!(
             cluster.problems[0].starts_with("f: NetworkPolicy default/p: spec.ingress[0].ports[0].port: ")
         );
         let [a, b] = &cluster.groups[..] else { panic!("{:?}", cluster.groups) };
-        assert!(!cluster.compiler.table().judge(a.address, b.address, 6, 80).allow());
+        let (source, target) = a.to(b).unwrap();
+        assert!(!cluster.compiler.table().judge(source, target, 6, 80).allow());
     }
 }

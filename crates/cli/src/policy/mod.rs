@@ -2,6 +2,7 @@
 
 mod cluster;
 mod picture;
+mod source;
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -9,7 +10,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
-use podway_lab::spec::LabName;
 use podway_model::Protocol;
 use podway_policy::{Explanation, Piece, Reachability, Side, explain};
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use crate::output::{self, table};
 use crate::{FAILED, OK, USAGE};
 use cluster::{Addresses, Cluster, Group};
 use picture::Extent;
+use source::Live;
 
 /// Pairs that the text output lists; JSON has all.
 const ROWS: usize = 200;
@@ -27,9 +28,10 @@ const PICTURE: usize = 200;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Policy {
-    /// Work out from manifests who can talk to whom, and by which rules
+    /// Work out who can talk to whom, and by which rules
     ///
-    /// Needs no cluster. Workloads stand for their pods. Exits with 1 when an object is refused.
+    /// From manifests alone, where workloads stand for their pods, or from the objects of a running lab or cluster.
+    /// Exits with 1 when an object is refused.
     Check(Check),
     /// Say whether a connection is allowed, by which rules at both ends, and what came closest to allowing it
     ///
@@ -37,15 +39,19 @@ pub(crate) enum Policy {
     Explain(Explain),
     /// Show what changed manifests would open and close
     ///
-    /// Exits with 0 when nothing would change, with 1 when something would, with 2 on errors.
+    /// Compares two manifests, or what is in a running lab or cluster with what it would be with the manifest's policies
+    /// and namespaces in place of its own. Exits with 0 when nothing would change, with 1 when something would, with 2 on errors.
     Diff(Diff),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Check {
     /// Manifest files and folders
-    #[arg(required = true, value_name = "FILE|DIR")]
+    #[arg(value_name = "FILE|DIR", required_unless_present_any = ["lab", "kubeconfig", "context"],
+        conflicts_with_all = ["lab", "kubeconfig", "context"])]
     manifests: Vec<PathBuf>,
+    #[command(flatten)]
+    live: Live,
     /// List pairs, too, between which everything is allowed
     #[arg(long)]
     all: bool,
@@ -66,21 +72,23 @@ pub(crate) struct Explain {
     #[arg(value_parser = parse_port)]
     port: Port,
     /// Manifest files and folders
-    #[arg(short, long = "filename", num_args = 1.., value_name = "FILE|DIR", required_unless_present = "lab")]
+    #[arg(short, long = "filename", num_args = 1.., value_name = "FILE|DIR",
+        required_unless_present_any = ["lab", "kubeconfig", "context"],
+        conflicts_with_all = ["lab", "kubeconfig", "context"])]
     filenames: Vec<PathBuf>,
-    /// The objects of this running lab, instead of manifests
-    #[arg(long, conflicts_with = "filenames")]
-    lab: Option<LabName>,
+    #[command(flatten)]
+    live: Live,
     #[command(flatten)]
     format: Format,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Diff {
-    /// Manifest file or folder as it is
-    old: PathBuf,
-    /// Manifest file or folder as it would be
-    new: PathBuf,
+    /// Manifest file or folder as it is, then as it would be; with --lab or --kubeconfig only the latter
+    #[arg(required = true, num_args = 1..=2, value_name = "FILE|DIR")]
+    manifests: Vec<PathBuf>,
+    #[command(flatten)]
+    live: Live,
     #[command(flatten)]
     format: Format,
 }
@@ -155,13 +163,10 @@ fn allowed(pieces: &[Piece]) -> (Extent, String) {
     (Extent::Something, parts.iter().map(part).collect::<Vec<_>>().join("; "))
 }
 
-/// The addresses by which two groups are judged; `None` when a single pod would be asked about itself.
-fn pair(source: &Group, target: &Group) -> Option<(IpAddr, IpAddr)> {
-    if source.name == target.name {
-        Some((source.address, target.other?))
-    } else {
-        Some((source.address, target.address))
-    }
+/// What there is to judge.
+fn cluster_of(manifests: &[PathBuf], live: &Live) -> anyhow::Result<Cluster> {
+    let objects = if live.is_given() { source::live(live)? } else { source::manifests(manifests)? };
+    Ok(cluster::read(objects, &mut Addresses::default()))
 }
 
 /// The reason for a pair: of the ports that are allowed, else of a port that the target serves.
@@ -191,13 +196,13 @@ fn side_json(side: &Side) -> Value {
 }
 
 fn check(args: &Check) -> anyhow::Result<u8> {
-    let cluster = cluster::from_manifests(&args.manifests, &mut Addresses::default())?;
+    let cluster = cluster_of(&args.manifests, &args.live)?;
     tell(&cluster);
     let mut reach = Reachability::new(&cluster.compiler);
     let (mut pairs, mut counts) = (Vec::new(), [0_usize; 3]);
     for source in &cluster.groups {
         for target in &cluster.groups {
-            let Some(addresses) = pair(source, target) else { continue };
+            let Some(addresses) = source.to(target) else { continue };
             let pieces = reach.between(addresses.0, addresses.1);
             let extent = extent(&pieces);
             counts[extent as usize] += 1;
@@ -283,7 +288,7 @@ fn save(path: &PathBuf, cluster: &Cluster, reach: &mut Reachability<'_>) -> anyh
         bail!("--save: {} workloads are too many for a picture, which shows {PICTURE}", groups.len());
     }
     let names: Vec<&str> = groups.iter().map(|g| g.name.as_str()).collect();
-    let svg = picture::draw(&names, |row, column| match pair(&groups[row], &groups[column]) {
+    let svg = picture::draw(&names, |row, column| match groups[row].to(&groups[column]) {
         Some((source, target)) => allowed(&reach.between(source, target)),
         None => (Extent::Everything, "itself".to_owned()),
     });
@@ -291,14 +296,9 @@ fn save(path: &PathBuf, cluster: &Cluster, reach: &mut Reachability<'_>) -> anyh
 }
 
 fn explain_one(args: &Explain) -> anyhow::Result<u8> {
-    let cluster = match &args.lab {
-        Some(lab) => cluster::from_lab(lab)?,
-        None => cluster::from_manifests(&args.filenames, &mut Addresses::default())?,
-    };
+    let cluster = cluster_of(&args.filenames, &args.live)?;
     tell(&cluster);
-    let source = find(&cluster, &args.source, false)?;
-    // The second pod of a workload, when it is asked about itself.
-    let target = find(&cluster, &args.target, args.source == args.target)?;
+    let (source, target) = ends(&cluster, &args.source, &args.target)?;
     let Port(protocol, port) = args.port;
     let why = explain(&cluster.compiler, source, target, protocol, port);
     match args.format.output {
@@ -320,24 +320,66 @@ fn explain_one(args: &Explain) -> anyhow::Result<u8> {
     Ok(if why.allow { OK } else { FAILED })
 }
 
-fn find(cluster: &Cluster, text: &str, other: bool) -> anyhow::Result<IpAddr> {
+/// The addresses of a question, of one family.
+fn ends(cluster: &Cluster, source: &str, target: &str) -> anyhow::Result<(IpAddr, IpAddr)> {
+    let sources = find(cluster, source)?;
+    let mut targets = find(cluster, target)?;
+    if source == target && source.parse::<IpAddr>().is_err() {
+        // Another pod of the workload, when it is asked about itself.
+        let group = cluster.groups.iter().find(|group| group.name == full_name(source));
+        targets = group.and_then(|group| group.other.clone()).unwrap_or(targets);
+    }
+    let pair = |source: &IpAddr| {
+        Some((*source, *targets.iter().find(|target| target.is_ipv4() == source.is_ipv4())?))
+    };
+    sources
+        .iter()
+        .find_map(pair)
+        .with_context(|| format!("{source} and {target} have no family of addresses in common"))
+}
+
+fn full_name(text: &str) -> String {
+    if text.contains('/') { text.to_owned() } else { format!("default/{text}") }
+}
+
+/// The addresses of a workload, a pod, or an address.
+fn find(cluster: &Cluster, text: &str) -> anyhow::Result<Vec<IpAddr>> {
     if let Ok(addr) = text.parse() {
-        return Ok(addr);
+        return Ok(vec![addr]);
     }
-    let full = if text.contains('/') { text.to_owned() } else { format!("default/{text}") };
-    match cluster.groups.iter().find(|group| group.name == full) {
-        Some(group) => Ok(group.other.filter(|_| other).unwrap_or(group.address)),
-        None => {
-            let names: Vec<&str> = cluster.groups.iter().take(10).map(|g| g.name.as_str()).collect();
-            bail!("there is no workload or pod {full}; there are {}, …", names.join(", "))
-        }
+    let full = full_name(text);
+    if let Some(group) = cluster.groups.iter().find(|group| group.name == full) {
+        return Ok(group.addresses.clone());
     }
+    let pod = full.split_once('/').and_then(|(namespace, name)| cluster.compiler.pod(namespace, name));
+    if let Some(pod) = pod.filter(|pod| !pod.addresses.is_empty()) {
+        return Ok(pod.addresses.clone());
+    }
+    let of_name = |group: &&Group| group.name.starts_with(&format!("{full} ("));
+    let mut names: Vec<&str> = cluster.groups.iter().filter(of_name).map(|g| g.name.as_str()).collect();
+    if names.is_empty() {
+        names = cluster.groups.iter().take(10).map(|g| g.name.as_str()).collect();
+    }
+    bail!("there is no workload or pod {full}; there are {}, …", names.join(", "))
 }
 
 fn diff(args: &Diff) -> anyhow::Result<u8> {
     let mut addresses = Addresses::default();
-    let old = cluster::from_manifests(std::slice::from_ref(&args.old), &mut addresses)?;
-    let new = cluster::from_manifests(std::slice::from_ref(&args.new), &mut addresses)?;
+    let (old, new) = match (&args.manifests[..], args.live.is_given()) {
+        ([old, new], false) => {
+            (source::manifests(std::slice::from_ref(old))?, source::manifests(std::slice::from_ref(new))?)
+        }
+        ([new], true) => {
+            let old = source::live(&args.live)?;
+            let new = old.with(source::manifests(std::slice::from_ref(new))?);
+            (old, new)
+        }
+        ([_], false) => {
+            bail!("one manifest alone has no difference; name two, or --lab or --kubeconfig for the old")
+        }
+        _ => bail!("with --lab, --kubeconfig or --context name one manifest: what would be changed"),
+    };
+    let (old, new) = (cluster::read(old, &mut addresses), cluster::read(new, &mut addresses));
     tell(&old);
     tell(&new);
     let (mut reach_old, mut reach_new) = (Reachability::new(&old.compiler), Reachability::new(&new.compiler));
@@ -346,7 +388,7 @@ fn diff(args: &Diff) -> anyhow::Result<u8> {
         let Some(old_source) = old.groups.iter().find(|g| g.name == source.name) else { continue };
         for target in &new.groups {
             let Some(old_target) = old.groups.iter().find(|g| g.name == target.name) else { continue };
-            let (Some(before), Some(after)) = (pair(old_source, old_target), pair(source, target)) else {
+            let (Some(before), Some(after)) = (old_source.to(old_target), source.to(target)) else {
                 continue;
             };
             let was = reach_old.between(before.0, before.1);
