@@ -12,6 +12,21 @@ pub fn now_ms() -> u64 {
     })
 }
 
+/// Nanoseconds of the clock that the kernel's programs stamp with (`CLOCK_MONOTONIC`).
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+        let seconds = u64::try_from(t.tv_sec()).unwrap_or(0);
+        seconds * 1_000_000_000 + u64::try_from(t.tv_nsec()).unwrap_or(0)
+    })
+}
+
+/// Nanoseconds of the Unix clock (`CLOCK_REALTIME`).
+#[must_use]
+pub fn unix_ns() -> i64 {
+    clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec())
+}
+
 /// Identifies the boot of the machine.
 #[must_use]
 pub fn boot_id() -> String {

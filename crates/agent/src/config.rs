@@ -7,6 +7,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use podway_kube::Credentials;
 
+use crate::flows::FlowsConfig;
 use crate::ids::Instance;
 use crate::services::config::ServicesConfig;
 
@@ -127,6 +128,8 @@ pub struct AgentConfig {
     pub probe_port: u16,
     /// Services.
     pub services: ServicesConfig,
+    /// Flows that are told.
+    pub flows: FlowsConfig,
 }
 
 impl AgentConfig {
@@ -144,6 +147,7 @@ impl AgentConfig {
             metrics_address: Some(ListenAddress { ip: None, port: DEFAULT_METRICS_PORT }),
             probe_port: podway_link::probe::DEFAULT_PORT,
             services: ServicesConfig::default(),
+            flows: FlowsConfig::default(),
         }
     }
 
@@ -172,6 +176,12 @@ impl AgentConfig {
         {
             return bad("pod-mtu", format!("{mtu} is outside of 576 to 65535"));
         }
+        if self.flows.history > FlowsConfig::HISTORY_MAX {
+            return bad(
+                "flow-history",
+                format!("{} is more than {}", self.flows.history, FlowsConfig::HISTORY_MAX),
+            );
+        }
         self.services.validate()
     }
 }
@@ -189,7 +199,7 @@ mod tests {
     fn defaults_are_valid_and_each_bad_setting_is_named() {
         assert_eq!(config().validate(), Ok(()));
         type Case = (fn(&mut AgentConfig), &'static str);
-        let cases: [Case; 7] = [
+        let cases: [Case; 8] = [
             (|c| c.node_name.clear(), "node-name"),
             (|c| c.mode = NetworkMode::Vxlan { port: 0, vni: 1 }, "vxlan-port"),
             (|c| c.mode = NetworkMode::Vxlan { port: c.probe_port, vni: 1 }, "vxlan-port"),
@@ -197,6 +207,7 @@ mod tests {
             (|c| c.mode = NetworkMode::Vxlan { port: 1, vni: 1 << 24 }, "vxlan-vni"),
             (|c| c.pod_mtu = Some(100), "pod-mtu"),
             (|c| c.pod_mtu = Some(65_536), "pod-mtu"),
+            (|c| c.flows.history = FlowsConfig::HISTORY_MAX + 1, "flow-history"),
         ];
         for (change, field) in cases {
             let mut config = config();

@@ -27,6 +27,7 @@ pub mod config;
 pub mod control;
 pub mod crash;
 pub mod events;
+pub mod flows;
 pub mod host_ports;
 pub mod http;
 pub mod ids;

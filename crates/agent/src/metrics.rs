@@ -18,6 +18,7 @@ use prometheus_client::registry::Registry;
 
 use crate::attach::Attacher;
 use crate::events::Reporter;
+use crate::flows::metrics::FlowMetrics;
 use crate::services::metrics::ServiceMetrics;
 use crate::status::Status;
 
@@ -35,6 +36,8 @@ pub struct Metrics {
     objects_rejected: Counter,
     repairs: Family<Labels, Counter>,
     conntrack_removed: Counter,
+    /// Those of flows.
+    pub(crate) flows: FlowMetrics,
     /// Those of services.
     pub(crate) services: Arc<ServiceMetrics>,
 }
@@ -64,6 +67,7 @@ impl Metrics {
             objects_rejected: Counter::default(),
             repairs: Family::default(),
             conntrack_removed: Counter::default(),
+            flows: FlowMetrics::default(),
             services: Arc::default(),
         }
     }
@@ -98,6 +102,7 @@ impl Metrics {
         );
         self.services.register(&mut registry);
         registry.register_collector(Box::new(sources));
+        registry.register_collector(Box::new(self.flows.clone()));
         self.registry.set(registry).ok();
     }
 
@@ -155,7 +160,7 @@ impl fmt::Debug for Sources {
 
 impl Collector for Sources {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let mut out = Out { encoder: &mut encoder };
+        let mut out = Out::new(&mut encoder);
         self.pods(&mut out)?;
         self.cluster(&mut out)?;
         self.paths(&mut out)?;
@@ -289,6 +294,13 @@ impl Sources {
             };
             out.gauge("table_entries", "Entries of the datapath's tables", &rows(|m| m.entries))?;
             out.gauge("table_max_entries", "Limits of the datapath's tables", &rows(|m| m.max_entries))?;
+            #[expect(clippy::cast_precision_loss, reason = "tables have fewer than 2^53 entries")]
+            let ratios: Vec<(Labels, f64)> = fill
+                .iter()
+                .filter(|m| m.max_entries > 0)
+                .map(|m| (vec![("table", m.name.to_owned())], m.entries as f64 / m.max_entries as f64))
+                .collect();
+            out.gauge("table_pressure_ratio", "How full the datapath's tables are, 1 being full", &ratios)?;
         }
         if let Ok(counters) = snmp::Counters::read() {
             let one = |n: u64| [(vec![], n)];
@@ -322,6 +334,12 @@ fn resident_bytes() -> Option<u64> {
 
 pub(crate) struct Out<'a, 'b> {
     encoder: &'a mut DescriptorEncoder<'b>,
+}
+
+impl<'a, 'b> Out<'a, 'b> {
+    pub(crate) fn new(encoder: &'a mut DescriptorEncoder<'b>) -> Self {
+        Self { encoder }
+    }
 }
 
 impl Out<'_, '_> {

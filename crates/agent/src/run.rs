@@ -27,6 +27,7 @@ use crate::cni_server::CniServer;
 use crate::config::{AgentConfig, ConfigError, NetworkMode};
 use crate::control::{Control, Message, Parts, QUEUE};
 use crate::events::{AttachEvents, Reporter};
+use crate::flows::{self, Directory, Flows};
 use crate::host_ports::Reserved;
 use crate::http::{self, Pages};
 use crate::leases::Leases;
@@ -42,6 +43,8 @@ use crate::{clock, crash};
 
 /// How often flows that are over are removed from the connection table.
 const SWEEP: Duration = Duration::from_secs(10);
+/// Most flows whose end one sweep tells; a table that is emptied at once has more than anybody reads.
+const ENDS: usize = 16_384;
 /// How often the API server's name is looked up.
 const LOCATE_AGAIN: Duration = Duration::from_secs(300);
 /// And when that failed.
@@ -211,9 +214,31 @@ impl Running {
         };
         let node_name = config.node_name.clone();
         let (services_config, run_dir) = (config.services.clone(), config.instance.run_dir());
+        let flows_config = config.flows;
         let control = Control::new(config, parts)?;
         let mut threads = vec![watching];
         threads.push(thread("podway-control", move || control.run(&messages))?);
+        let flows = Flows::start(
+            flows_config,
+            &flows::Surroundings {
+                node: &node_name,
+                run_dir: &run_dir,
+                client,
+                runtime,
+                datapath: &datapath,
+                attacher: &attacher,
+                stopping: &stopping,
+            },
+        )
+        .map_err(failed("starting the reader of flows"))?;
+        let flows = flows.map(|(flows, thread)| {
+            threads.push(thread);
+            flows
+        });
+        if let Some(flows) = &flows {
+            metrics.flows.connect(flows);
+        }
+        let directory = flows.as_ref().map(|flows| Arc::clone(flows.directory()));
         let surroundings = Surroundings {
             node: &node_name,
             run_dir: &run_dir,
@@ -224,6 +249,7 @@ impl Running {
             metrics: &metrics,
             reporter: &reporter,
             stopping: &stopping,
+            directory: directory.as_ref(),
         };
         let services = match services_config.mode {
             ServiceMode::None => {
@@ -233,13 +259,13 @@ impl Running {
             _ => Some(Services::start(&services_config, &surroundings).map_err(failed("starting services"))?),
         };
         let (counters, flag) = (Arc::clone(&metrics), Arc::clone(&stopping));
-        threads.push(thread("podway-sweep", move || sweep(&datapath, &counters, &flag))?);
+        threads.push(thread("podway-sweep", move || sweep(&datapath, &counters, flows.as_deref(), &flag))?);
 
         let _guard = runtime.enter();
         reporter.set_writer(EventWriter::start(client, "podway-agent", &node_name));
         runtime.spawn(locate(client.clone(), wake.clone()));
         let nodes = services.as_ref().map(Services::nodes);
-        runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone(), nodes));
+        runtime.spawn(forward(watch::start(client, Kind::NODE, 64), wake.clone(), nodes, directory));
         Ok(Self { attacher, metrics, status, stopping, wake, threads, services })
     }
 
@@ -320,8 +346,12 @@ async fn forward(
     mut changes: tokio::sync::mpsc::Receiver<watch::Change>,
     wake: SyncSender<Message>,
     services: Option<NodesIn>,
+    directory: Option<Arc<Directory>>,
 ) {
     while let Some(change) = changes.recv().await {
+        if let Some(directory) = &directory {
+            directory.nodes(&change);
+        }
         if let Some(services) = &services {
             services.tell(change.clone()).await;
         }
@@ -339,7 +369,7 @@ async fn forward(
     }
 }
 
-fn sweep(datapath: &Datapath, metrics: &Metrics, stopping: &AtomicBool) {
+fn sweep(datapath: &Datapath, metrics: &Metrics, flows: Option<&Flows>, stopping: &AtomicBool) {
     let mut waited = Duration::ZERO;
     let step = Duration::from_millis(500);
     while !stopping.load(Ordering::SeqCst) {
@@ -349,8 +379,16 @@ fn sweep(datapath: &Datapath, metrics: &Metrics, stopping: &AtomicBool) {
             continue;
         }
         waited = Duration::ZERO;
-        match datapath.sweep_conntrack(|_| {}) {
+        let mut ended = Vec::new();
+        match datapath.sweep_conntrack(|event| {
+            if flows.is_some() && ended.len() < ENDS {
+                ended.push(*event);
+            }
+        }) {
             Ok(report) => {
+                if let Some(flows) = flows {
+                    flows.swept(&ended);
+                }
                 metrics.conntrack_swept(report.removed);
                 debug!(live = report.live, removed = report.removed, "swept the connection table");
             }

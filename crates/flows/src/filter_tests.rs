@@ -109,13 +109,7 @@ fn records() -> [Record; 4] {
 fn found(spec: serde_json::Value) -> String {
     let spec: FilterSpec = serde_json::from_value(spec).unwrap();
     let filter = Filter::parse(&spec).unwrap();
-    let letters = records()
-        .iter()
-        .zip(["s", "e", "d", "u"])
-        .filter(|(r, _)| filter.matches(r))
-        .map(|(_, l)| l)
-        .collect();
-    letters
+    records().iter().zip(["s", "e", "d", "u"]).filter(|(r, _)| filter.matches(r)).map(|(_, l)| l).collect()
 }
 
 #[test]

@@ -92,6 +92,12 @@ impl History {
         self.entries.len() * size_of::<Entry>() + self.identities.bytes().saturating_sub(known)
     }
 
+    /// How much is kept at most.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     /// Number of the first entry that is there.
     #[must_use]
     pub fn first(&self) -> u64 {

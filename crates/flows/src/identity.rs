@@ -28,7 +28,7 @@ pub struct Identity {
     pub labels: Labels,
     /// Node of a pod, as far as known.
     pub node: String,
-    _weight: Weight,
+    weight: Weight,
 }
 
 impl Identity {
@@ -49,8 +49,14 @@ impl Identity {
             name: name.to_owned(),
             labels,
             node: node.to_owned(),
-            _weight: total.add(bytes),
+            weight: total.add(bytes),
         })
+    }
+
+    /// Memory that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.weight.bytes
     }
 }
 

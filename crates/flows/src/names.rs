@@ -27,13 +27,15 @@ type ServiceKey = (Addr, u16, u8);
 #[derive(Debug, Default)]
 pub struct Names {
     total: Total,
+    /// Bytes of the identities of pods, nodes and earlier holders; one that is several of these counts as often.
+    held: usize,
     pods: HashMap<PodKey, Known>,
     by_address: HashMap<Addr, Arc<Identity>>,
     past: HashMap<Addr, Vec<Past>>,
     past_order: VecDeque<Addr>,
     /// Pods attached to this node, by address: true whatever the API server says.
     attached: BTreeMap<IpAddr, String>,
-    nodes: HashMap<String, Vec<Addr>>,
+    nodes: HashMap<String, (Arc<Identity>, Vec<Addr>)>,
     services: HashMap<PodKey, Vec<ServiceKey>>,
     by_service: HashMap<ServiceKey, Arc<ServiceName>>,
 }
@@ -111,13 +113,16 @@ impl Names {
         for address in &addresses {
             self.take(*address, &identity, now);
         }
-        self.pods.insert(key, Known { identity, addresses, is_told: true });
+        self.held += identity.bytes();
+        let before = self.pods.insert(key, Known { identity, addresses, is_told: true });
+        self.held -= before.map_or(0, |k| k.identity.bytes());
     }
 
     /// A pod is gone.
     pub fn remove_pod(&mut self, namespace: &str, name: &str, now: UnixNanos) {
         let key = (namespace.to_owned(), name.to_owned());
         let Some(known) = self.pods.remove(&key) else { return };
+        self.held -= known.identity.bytes();
         for address in &known.addresses {
             self.leave(address, &key, now);
         }
@@ -150,10 +155,11 @@ impl Names {
             .collect();
         for (address, key) in new {
             let total = self.total.clone();
-            let known = self.pods.entry(key.clone()).or_insert_with(|| Known {
-                identity: Identity::new(&total, Kind::Pod, (&key.0, &key.1), BTreeMap::new(), ""),
-                addresses: Vec::new(),
-                is_told: false,
+            let held = &mut self.held;
+            let known = self.pods.entry(key.clone()).or_insert_with(|| {
+                let identity = Identity::new(&total, Kind::Pod, (&key.0, &key.1), BTreeMap::new(), "");
+                *held += identity.bytes();
+                Known { identity, addresses: Vec::new(), is_told: false }
             });
             if !known.addresses.contains(&address) {
                 known.addresses.push(address);
@@ -177,7 +183,7 @@ impl Names {
     /// A node is new or has changed.
     pub fn set_node(&mut self, node: NodePeer) {
         let addresses: Vec<Addr> = node.addresses.iter().map(|a| Addr::from(*a)).collect();
-        if self.nodes.get(&node.name).is_some_and(|known| *known == addresses) {
+        if self.nodes.get(&node.name).is_some_and(|(_, known)| *known == addresses) {
             return;
         }
         self.remove_node(&node.name);
@@ -185,12 +191,15 @@ impl Names {
         for address in &addresses {
             self.by_address.insert(*address, Arc::clone(&identity));
         }
-        self.nodes.insert(node.name, addresses);
+        self.held += identity.bytes();
+        self.nodes.insert(node.name, (identity, addresses));
     }
 
     /// A node is gone.
     pub fn remove_node(&mut self, name: &str) {
-        for address in self.nodes.remove(name).unwrap_or_default() {
+        let Some((identity, addresses)) = self.nodes.remove(name) else { return };
+        self.held -= identity.bytes();
+        for address in addresses {
             if self.by_address.get(&address).is_some_and(|i| i.kind == Kind::Node && i.name == name) {
                 self.by_address.remove(&address);
             }
@@ -265,13 +274,14 @@ impl Names {
     }
 
     fn remember(&mut self, address: Addr, identity: Arc<Identity>, until: UnixNanos) {
+        self.held += identity.bytes();
         self.past.entry(address).or_default().push(Past { identity, until });
         self.past_order.push_back(address);
         while self.past_order.len() > PAST {
             let Some(oldest) = self.past_order.pop_front() else { return };
             if let Some(list) = self.past.get_mut(&oldest) {
                 if !list.is_empty() {
-                    list.remove(0);
+                    self.held -= list.remove(0).identity.bytes();
                 }
                 if list.is_empty() {
                     self.past.remove(&oldest);
@@ -306,6 +316,12 @@ impl Names {
     #[must_use]
     pub fn count(&self) -> (usize, usize, usize) {
         (self.pods.len(), self.nodes.len(), self.services.len())
+    }
+
+    /// Bytes of identities that the directory itself holds.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.held
     }
 
     /// Bytes of identities, including those that only records hold.
@@ -419,6 +435,7 @@ mod tests {
             names.remove_pod("x", &format!("p{i}"), i64::from(i) + 1);
         }
         assert_eq!(names.past_order.len(), PAST);
+        assert_eq!(names.held_bytes(), names.total.bytes());
         assert_eq!(names.past.values().map(Vec::len).sum::<usize>(), PAST);
         assert!(names.total.bytes() > PAST * size_of::<Identity>());
         let total = names.total.clone();

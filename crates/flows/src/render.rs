@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
 
-    fn flow(value: serde_json::Value) -> Flow {
+    fn flow(value: &serde_json::Value) -> Flow {
         let mut whole = json!({"time": "2026-11-23T10:00:00.123456789Z", "node": "n1", "event": "start",
             "verdict": "FORWARDED", "reason": "delivered", "direction": "egress", "hook": "from_pod",
             "protocol": "TCP", "packets": 1, "bytes": 60, "interface": 7,
@@ -183,7 +183,7 @@ mod tests {
                 "x/a -> ? unread packet DROPPED drop (malformed)",
             ),
         ] {
-            let flow = flow(value);
+            let flow = flow(&value);
             assert_eq!(compact(&flow), format!("{head}{want}"));
             assert_eq!(row(&flow).len(), HEADER.len());
         }

@@ -26,6 +26,8 @@ pub struct Kind {
 impl Kind {
     /// core/v1 Node.
     pub const NODE: Self = Self { group: "", version: "v1", kind: "Node", plural: "nodes" };
+    /// core/v1 Pod.
+    pub const POD: Self = Self { group: "", version: "v1", kind: "Pod", plural: "pods" };
     /// core/v1 Service.
     pub const SERVICE: Self = Self { group: "", version: "v1", kind: "Service", plural: "services" };
     /// discovery.k8s.io/v1 EndpointSlice.

@@ -312,6 +312,13 @@ impl Attacher {
         lock(&self.attached).len()
     }
 
+    /// Shows each attached pod.
+    pub fn each_attached(&self, mut each: impl FnMut(&Attached)) {
+        for attached in lock(&self.attached).values() {
+            each(attached);
+        }
+    }
+
     /// Whether nothing is attached.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -13,6 +13,7 @@ use tokio::sync::mpsc::Receiver;
 use tracing::debug;
 
 use super::lb::{Board, LbService, ObjectName, Pool, SliceNodes};
+use crate::flows::Directory;
 
 /// Changes of one kind that may wait between watch and thread.
 const BUFFER: usize = 256;
@@ -89,13 +90,22 @@ impl SliceItem {
 }
 
 /// Starts the watches of Services and EndpointSlices, and the reading of pools. Must be called inside a runtime.
-pub(super) fn start(client: &Client, flag_pool: Vec<IpNet>, board: &Arc<Board>, queue: &SyncSender<Input>) {
+pub(super) fn start(
+    client: &Client,
+    flag_pool: Vec<IpNet>,
+    board: &Arc<Board>,
+    directory: Option<Arc<Directory>>,
+    queue: &SyncSender<Input>,
+) {
     let services = watch::start_parsed(client, Kind::SERVICE, BUFFER, |v| Box::new(ServiceItem::read(&v)));
     let (b, q) = (Arc::clone(board), queue.clone());
     tokio::spawn(forward(
         services,
         q,
         move |change| {
+            if let Some(directory) = &directory {
+                name(directory, change);
+            }
             b.services(&map(change, |item| (item.name.clone(), item.lb.take().map(|lb| *lb))));
         },
         Input::Services,
@@ -114,6 +124,22 @@ pub(super) fn start(client: &Client, flag_pool: Vec<IpNet>, board: &Arc<Board>, 
         Input::Slices,
     ));
     tokio::spawn(pools(client.clone(), flag_pool, queue.clone()));
+}
+
+/// Makes services known to those who show flows.
+fn name(directory: &Directory, change: &Change<Box<ServiceItem>>) {
+    match change {
+        Change::Synced(all) => {
+            directory.services(all.iter().filter_map(|item| item.parsed.as_deref().ok()));
+        }
+        Change::Applied(item) => {
+            if let Ok(service) = &item.parsed {
+                directory.service(service);
+            }
+        }
+        Change::Deleted(item) => directory.service_gone(&item.name.0, &item.name.1),
+        Change::Interrupted(_) | Change::Resumed => {}
+    }
 }
 
 /// A change of something else, taken out of each object.

@@ -38,6 +38,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::events::Reporter;
+use crate::flows::Directory;
 use crate::metrics::Metrics;
 use crate::status::Status;
 use config::ServicesConfig;
@@ -61,6 +62,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) metrics: &'a Arc<Metrics>,
     pub(crate) reporter: &'a Arc<Reporter>,
     pub(crate) stopping: &'a Arc<AtomicBool>,
+    /// Where services are looked up by those who show flows.
+    pub(crate) directory: Option<&'a Arc<Directory>>,
 }
 
 /// Everything that runs for services.
@@ -110,7 +113,7 @@ impl Services {
         );
         query::start(&with.run_dir.join(query::SOCKET), queue.clone())?;
         let _guard = with.runtime.enter();
-        feed::start(with.client, config.load_balancer_pool.clone(), &board, &queue);
+        feed::start(with.client, config.load_balancer_pool.clone(), &board, with.directory.cloned(), &queue);
         let (stop, stopped) = watch::channel(false);
         let controller = Controller::new(
             with.client.clone(),

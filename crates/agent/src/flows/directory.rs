@@ -1,0 +1,144 @@
+//! The directory of names, kept current from the API server and from what is attached here.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use podway_flows::identity::Total;
+use podway_flows::Names;
+use podway_kube::watch::{self, Change};
+use podway_kube::{Client, Kind};
+use podway_model::{NodePeer, Pod, Rejection, Service};
+use serde_json::Value;
+use tracing::debug;
+
+use crate::attach::lock;
+use crate::clock;
+
+/// Changes of pods that may wait.
+const BUFFER: usize = 256;
+
+/// The names, shared between those who tell them and the reader of events.
+#[derive(Debug, Default)]
+pub(crate) struct Directory(Mutex<Names>);
+
+impl Directory {
+    pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
+        lock(&self.0)
+    }
+
+    /// Bytes of all identities, by themselves.
+    pub(crate) fn total(&self) -> Total {
+        self.names().total().clone()
+    }
+
+    /// Bytes of identities that the directory itself holds.
+    pub(crate) fn known_bytes(&self) -> usize {
+        self.names().held_bytes()
+    }
+
+    /// What is attached to this node.
+    pub(crate) fn attached(&self, pods: BTreeMap<IpAddr, String>) {
+        self.names().set_attached(pods, clock::unix_ns());
+    }
+
+    fn pods(&self, change: Change<PodItem>) {
+        let now = clock::unix_ns();
+        match change {
+            Change::Synced(all) => {
+                let pods = all.into_iter().filter_map(PodItem::pod).collect();
+                self.names().set_pods(pods, now);
+            }
+            Change::Applied(item) => {
+                if let Some(pod) = item.pod() {
+                    self.names().set_pod(pod, now);
+                }
+            }
+            Change::Deleted(item) => self.names().remove_pod(&item.namespace, &item.name, now),
+            Change::Interrupted(_) | Change::Resumed => {}
+        }
+    }
+
+    /// Nodes changed.
+    pub(crate) fn nodes(&self, change: &Change) {
+        let read = |value: &Value| match NodePeer::parse(value) {
+            Ok(node) => Some(node),
+            Err(error) => {
+                debug!(%error, "a node without a name among flows");
+                None
+            }
+        };
+        match change {
+            Change::Synced(all) => {
+                let nodes = all.iter().filter_map(read).collect();
+                self.names().set_nodes(nodes);
+            }
+            Change::Applied(value) => {
+                if let Some(node) = read(value) {
+                    self.names().set_node(node);
+                }
+            }
+            Change::Deleted(value) => {
+                if let Some(name) = value.pointer("/metadata/name").and_then(Value::as_str) {
+                    self.names().remove_node(name);
+                }
+            }
+            Change::Interrupted(_) | Change::Resumed => {}
+        }
+    }
+
+    /// All services there are.
+    pub(crate) fn services<'a>(&self, all: impl Iterator<Item = &'a Service>) {
+        self.names().set_services(all);
+    }
+
+    /// One is new or has changed.
+    pub(crate) fn service(&self, service: &Service) {
+        self.names().set_service(service);
+    }
+
+    /// One is gone.
+    pub(crate) fn service_gone(&self, namespace: &str, name: &str) {
+        self.names().remove_service(namespace, name);
+    }
+}
+
+/// A Pod as it came.
+struct PodItem {
+    namespace: String,
+    name: String,
+    parsed: Result<Box<Pod>, Rejection>,
+}
+
+impl PodItem {
+    fn read(value: &Value) -> Self {
+        let text =
+            |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+        Self {
+            namespace: text("/metadata/namespace"),
+            name: text("/metadata/name"),
+            parsed: Pod::parse(value).map(Box::new),
+        }
+    }
+
+    fn pod(self) -> Option<Pod> {
+        match self.parsed {
+            Ok(pod) => Some(*pod),
+            Err(error) => {
+                debug!(%error, "a pod without a name among flows");
+                None
+            }
+        }
+    }
+}
+
+/// Keeps pods current. Must be called inside a runtime.
+pub(super) fn watch_pods(client: &Client, directory: &Arc<Directory>) {
+    let mut changes = watch::start_parsed(client, Kind::POD, BUFFER, |value| PodItem::read(&value));
+    let directory = Arc::clone(directory);
+    tokio::spawn(async move {
+        while let Some(change) = changes.recv().await {
+            directory.pods(change);
+        }
+    });
+}
