@@ -228,6 +228,7 @@ impl Running {
                 datapath: &datapath,
                 attacher: &attacher,
                 stopping: &stopping,
+                services: services_config.mode != ServiceMode::None,
             },
         )
         .map_err(failed("starting the reader of flows"))?;

@@ -7,6 +7,7 @@ mod agent;
 mod args;
 mod bench;
 mod cleanup;
+mod flows;
 mod internal;
 mod lab;
 mod output;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
             None => agent::cleanup(&args),
         },
         Command::Services(args) => services::run(&args),
+        Command::Flows(args) => flows::run(args),
         Command::Policy(command) => policy::run(command),
         Command::Conntrack(args) => agent::conntrack(&args),
         Command::Bench(command) => bench::run(command),

@@ -1,8 +1,9 @@
 //! The directory of names, kept current from the API server and from what is attached here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use podway_flows::identity::Total;
 use podway_flows::Names;
@@ -20,11 +21,38 @@ const BUFFER: usize = 256;
 
 /// The names, shared between those who tell them and the reader of events.
 #[derive(Debug, Default)]
-pub(crate) struct Directory(Mutex<Names>);
+pub(crate) struct Directory {
+    names: Mutex<Names>,
+    /// Kinds whose objects are not known yet.
+    missing: Mutex<BTreeSet<&'static str>>,
+    complete: Condvar,
+}
 
 impl Directory {
+    /// A directory that is complete once it knows pods and nodes, and services if there are to be any.
+    pub(super) fn new(services: bool) -> Self {
+        let mut missing = BTreeSet::from(["pods", "nodes"]);
+        if services {
+            missing.insert("services");
+        }
+        Self { missing: Mutex::new(missing), ..Self::default() }
+    }
+
+    /// Waits until everything is known, for so long at most: what happened before an agent started shall have names.
+    pub(super) fn wait(&self, limit: Duration) {
+        let missing = lock(&self.missing);
+        drop(self.complete.wait_timeout_while(missing, limit, |missing| !missing.is_empty()));
+    }
+
+    fn knows(&self, kind: &'static str) {
+        let mut missing = lock(&self.missing);
+        if missing.remove(kind) && missing.is_empty() {
+            self.complete.notify_all();
+        }
+    }
+
     pub(crate) fn names(&self) -> MutexGuard<'_, Names> {
-        lock(&self.0)
+        lock(&self.names)
     }
 
     /// Bytes of all identities, by themselves.
@@ -48,6 +76,7 @@ impl Directory {
             Change::Synced(all) => {
                 let pods = all.into_iter().filter_map(PodItem::pod).collect();
                 self.names().set_pods(pods, now);
+                self.knows("pods");
             }
             Change::Applied(item) => {
                 if let Some(pod) = item.pod() {
@@ -72,6 +101,7 @@ impl Directory {
             Change::Synced(all) => {
                 let nodes = all.iter().filter_map(read).collect();
                 self.names().set_nodes(nodes);
+                self.knows("nodes");
             }
             Change::Applied(value) => {
                 if let Some(node) = read(value) {
@@ -90,6 +120,7 @@ impl Directory {
     /// All services there are.
     pub(crate) fn services<'a>(&self, all: impl Iterator<Item = &'a Service>) {
         self.names().set_services(all);
+        self.knows("services");
     }
 
     /// One is new or has changed.

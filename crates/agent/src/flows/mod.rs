@@ -85,6 +85,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) datapath: &'a Arc<Datapath>,
     pub(crate) attacher: &'a Arc<Attacher>,
     pub(crate) stopping: &'a Arc<AtomicBool>,
+    /// Services are served here, and will be known.
+    pub(crate) services: bool,
 }
 
 /// Numbers for metrics.
@@ -114,7 +116,7 @@ impl Flows {
         }
         let events =
             with.datapath.take_events().ok_or_else(|| io::Error::other("somebody reads them already"))?;
-        let directory = Arc::new(Directory::default());
+        let directory = Arc::new(Directory::new(with.services));
         let bytes = Limits::DEFAULT.bytes.max(config.history.saturating_mul(size_of::<Entry>() * 2));
         let limits = Limits { entries: config.history, bytes };
         let flows = Arc::new(Self {

@@ -15,11 +15,14 @@ use crate::clock;
 
 /// Events that are read and joined before readers get at them.
 const BATCH: usize = 1024;
+/// How long the first events wait for names. The ring buffer has room for as long.
+const NAMES: Duration = Duration::from_secs(3);
 /// How often it is looked whether events were lost.
 const COUNT: Duration = Duration::from_secs(1);
 
 /// Reads until the agent ends. What is in the buffer then is the next agent's.
 pub(super) fn run(flows: &Flows, mut events: EventReader, attacher: &Attacher) {
+    flows.directory.wait(NAMES);
     let mut batch: Vec<Event> = Vec::with_capacity(BATCH);
     // What was lost before this agent came, nobody here has to be told.
     let mut known_lost = lost(&flows.datapath).unwrap_or(0);

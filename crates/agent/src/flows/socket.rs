@@ -214,25 +214,40 @@ fn is_gone(stream: &UnixStream) -> io::Result<bool> {
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
+/// Why there is no answer, or no more of it.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// Nobody listens.
+    #[error("no agent tells flows at {0}: {1}")]
+    NoAgent(String, io::Error),
+    /// The agent has no answer to this question.
+    #[error("{0}")]
+    Refused(String),
+    /// The agent has ended, or the connection broke.
+    #[error("the agent at {0} has ended{1}")]
+    Ended(String, String),
+}
+
 /// Asks the agent whose run directory this is, and hands over its lines until there are no more or `each` says that it
 /// has enough (`false`).
 ///
 /// # Errors
-/// No agent answers, it has no answer, or it went away in the middle; the text says which and why.
-pub fn ask(run_dir: &Path, query: &Query, mut each: impl FnMut(Answer) -> bool) -> Result<(), String> {
+/// No agent answers, it has no answer, or it went away in the middle.
+pub fn ask(run_dir: &Path, query: &Query, mut each: impl FnMut(Answer) -> bool) -> Result<(), AskError> {
     let path = run_dir.join(SOCKET);
-    let mut stream =
-        UnixStream::connect(&path).map_err(|e| format!("no agent tells flows at {}: {e}", path.display()))?;
-    let mut question = serde_json::to_vec(query).map_err(|e| format!("the question has no JSON: {e}"))?;
+    let place = path.display().to_string();
+    let ended = |why: &dyn std::fmt::Display| AskError::Ended(place.clone(), format!(": {why}"));
+    let mut stream = UnixStream::connect(&path).map_err(|e| AskError::NoAgent(place.clone(), e))?;
+    let mut question = serde_json::to_vec(query).map_err(|e| AskError::Refused(e.to_string()))?;
     question.push(b'\n');
-    stream.write_all(&question).map_err(|e| format!("asking at {}: {e}", path.display()))?;
+    stream.write_all(&question).map_err(|e| ended(&e))?;
     let mut done = false;
     for line in BufReader::new(stream).lines() {
-        let line = line.map_err(|e| format!("reading from {}: {e}", path.display()))?;
-        let answer: Answer =
-            serde_json::from_str(&line).map_err(|e| format!("the agent's answer is not understood: {e}"))?;
+        let line = line.map_err(|e| ended(&e))?;
+        let answer: Answer = serde_json::from_str(&line)
+            .map_err(|e| AskError::Refused(format!("the agent's answer is not understood: {e}")))?;
         match answer {
-            Answer::Error(why) => return Err(why),
+            Answer::Error(why) => return Err(AskError::Refused(why)),
             answer => {
                 done |= matches!(answer, Answer::Done(_));
                 if !each(answer) {
@@ -241,5 +256,5 @@ pub fn ask(run_dir: &Path, query: &Query, mut each: impl FnMut(Answer) -> bool) 
             }
         }
     }
-    if done && !query.follow { Ok(()) } else { Err(format!("the agent at {} has ended", path.display())) }
+    if done && !query.follow { Ok(()) } else { Err(AskError::Ended(place, String::new())) }
 }
