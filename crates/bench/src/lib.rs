@@ -10,6 +10,8 @@
 //!   pairs ── ABBA order ──▶ stats ── median ratio and its interval ──▶ report, plot
 //! ```
 //!
+//! The bench of the policy compiler (policy) has no peer: its values have bounds.
+//!
 //! Traffic stays in namespaces that a bench makes itself. It may touch the machine's kernel only by counting BPF runs
 //! for a moment, through a descriptor that cannot be left behind.
 
@@ -23,6 +25,7 @@ pub mod network;
 pub mod pairs;
 pub mod place;
 pub mod plot;
+pub mod policy;
 pub mod programs;
 pub mod report;
 pub mod rules;
@@ -55,6 +58,7 @@ fn new_report(bench: &str, machine: Machine) -> Report {
         options: serde_json::Value::Null,
         comparisons: vec![],
         differences: vec![],
+        bounds: vec![],
         times: vec![],
         curves: vec![],
         programs: vec![],
@@ -62,7 +66,8 @@ fn new_report(bench: &str, machine: Machine) -> Report {
     }
 }
 
-/// Writes `bench-NAME.json` and `bench-NAME.svg` into a folder, which is made if it is not there.
+/// Writes `bench-NAME.json`, and `bench-NAME.svg` when there is something to draw, into a folder, which is made if it
+/// is not there.
 ///
 /// # Errors
 /// With the file and the cause.
@@ -70,7 +75,9 @@ pub fn save(report: &Report, dir: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
     let mut json = serde_json::to_vec_pretty(report)?;
     json.push(b'\n');
-    for (ending, content) in [("json", json), ("svg", plot::svg(report).into_bytes())] {
+    let has_picture = !report.comparisons.is_empty() || !report.curves.is_empty();
+    let picture = has_picture.then(|| ("svg", plot::svg(report).into_bytes()));
+    for (ending, content) in std::iter::once(("json", json)).chain(picture) {
         let path = dir.join(format!("bench-{}.{ending}", report.bench));
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
     }

@@ -29,6 +29,9 @@ pub struct Report {
     /// Side by side, where the distance counts and not the ratio.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differences: Vec<Difference>,
+    /// Values that have a bound of their own, and no peer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bounds: Vec<Bound>,
     /// Times of single operations.
     pub times: Vec<Times>,
     /// The same over a size.
@@ -91,6 +94,38 @@ pub struct Difference {
     pub goal: f64,
     /// Whether it is.
     pub verdict: Verdict,
+}
+
+/// A value with a bound.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bound {
+    /// What was measured.
+    pub what: String,
+    /// Unit of the values.
+    pub unit: String,
+    /// The worst of the runs.
+    pub value: f64,
+    /// How many runs.
+    pub runs: usize,
+    /// It should be at most this; `None` is for knowing.
+    pub goal: Option<f64>,
+}
+
+impl Bound {
+    /// The worst of some values. `None` when there are none.
+    #[must_use]
+    pub fn worst(what: &str, unit: &str, values: &[f64], goal: Option<f64>) -> Option<Self> {
+        let value = values.iter().copied().reduce(f64::max)?;
+        Some(Self { what: what.into(), unit: unit.into(), value, runs: values.len(), goal })
+    }
+
+    /// Whether the goal is reached; nothing when there is none.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        let is_good = self.value <= self.goal?;
+        Some(if is_good { Verdict::Reached } else { Verdict::Missed })
+    }
 }
 
 /// One value over a size, by one side.
@@ -268,6 +303,20 @@ pub fn table(report: &Report) -> String {
         }
         let _ = write!(text, "\n{}", columns(&rows));
     }
+    if !report.bounds.is_empty() {
+        let mut rows = vec![row(&["WHAT", "WORST", "UNIT", "RUNS", "GOAL", ""])];
+        for b in &report.bounds {
+            rows.push(vec![
+                b.what.clone(),
+                number(b.value),
+                b.unit.clone(),
+                b.runs.to_string(),
+                b.goal.map_or_else(String::new, |goal| format!("≤ {}", number(goal))),
+                b.verdict().map_or("", Verdict::word).into(),
+            ]);
+        }
+        text += &columns(&rows);
+    }
     if !report.times.is_empty() {
         let mut rows = vec![row(&["OPERATION", "BY", "P50", "P99", "UNIT", "COUNT"])];
         for t in &report.times {
@@ -341,6 +390,7 @@ pub(crate) mod tests {
                 Comparison::new("ADD", "ms", "bridge", pairs(0.25), Goal::AtMost(0.5)).expect("enough"),
             ],
             differences: vec![Difference::new("connect", "ns", "podway", pairs(1.5), 500.0).expect("enough")],
+            bounds: vec![Bound::worst("compile", "s", &[1.5, 1.75], Some(2.0)).expect("two values")],
             curves: vec![
                 Curve {
                     what: "connect".into(),
@@ -407,6 +457,7 @@ pub(crate) mod tests {
             "from_pod",
             "321.0",
             "≤ 500.0   reached",
+            "compile   1.75    s      2      ≤ 2.00   reached",
             "skipped: x: not there",
         ] {
             assert!(table.contains(part), "{part} in\n{table}");

@@ -231,7 +231,7 @@ impl Store {
 mod tests {
     use super::*;
 
-    fn workload(api_version: &str, kind: &str, spec: Value) -> Value {
+    fn workload(api_version: &str, kind: &str, spec: &Value) -> Value {
         let mut value =
             json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "w"}, "spec": spec});
         if kind == "Job" || kind == "CronJob" {
@@ -288,7 +288,7 @@ mod tests {
                 "batch.kubernetes.io/job-name",
             ),
         ] {
-            let object = workload(api_version, kind, spec.clone());
+            let object = workload(api_version, kind, &spec);
             let made = expand([&object]);
             assert_eq!(made.pods.len(), expected, "{api_version} {kind} {spec} {:?}", made.refused);
             for (workload, pod) in &made.pods {
@@ -304,15 +304,15 @@ mod tests {
     fn a_daemon_set_for_special_nodes_has_pods() {
         let mut template = template();
         template["spec"]["nodeSelector"] = json!({"kubernetes.io/os": "windows"});
-        assert_eq!(expand([&workload("apps/v1", "DaemonSet", json!({"template": template}))]).pods.len(), 2);
+        assert_eq!(expand([&workload("apps/v1", "DaemonSet", &json!({"template": template}))]).pods.len(), 2);
     }
 
     #[test]
     fn what_is_wrong_is_named_and_the_rest_goes_on() {
         let mut other = template();
         other["metadata"]["labels"]["app"] = "db".into();
-        let bad = workload("apps/v1", "Deployment", json!({"template": other}));
-        let mut good = workload("apps/v1", "ReplicaSet", json!({"template": template()}));
+        let bad = workload("apps/v1", "Deployment", &json!({"template": other}));
+        let mut good = workload("apps/v1", "ReplicaSet", &json!({"template": template()}));
         good["metadata"]["name"] = "good".into();
         let made = expand([&bad, &good]);
         assert_eq!(made.pods.len(), 1);

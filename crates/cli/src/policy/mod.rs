@@ -288,9 +288,9 @@ fn save(path: &PathBuf, cluster: &Cluster, reach: &mut Reachability<'_>) -> anyh
         bail!("--save: {} workloads are too many for a picture, which shows {PICTURE}", groups.len());
     }
     let names: Vec<&str> = groups.iter().map(|g| g.name.as_str()).collect();
-    let svg = picture::draw(&names, |row, column| match groups[row].to(&groups[column]) {
-        Some((source, target)) => allowed(&reach.between(source, target)),
-        None => (Extent::Everything, "itself".to_owned()),
+    let svg = picture::draw(&names, |row, column| {
+        let (source, target) = groups[row].to(&groups[column])?;
+        Some(allowed(&reach.between(source, target)))
     });
     std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -15,8 +15,9 @@ const CELL: usize = 18;
 /// Width of a character of a label.
 const CHARACTER: usize = 7;
 
-/// Draws it. `cell` gives the extent from row to column, and what to say about it.
-pub(super) fn draw(names: &[&str], mut cell: impl FnMut(usize, usize) -> (Extent, String)) -> String {
+/// Draws it. `cell` gives the extent from row to column, and what to say about it; `None` where nothing is asked: a pod
+/// and itself.
+pub(super) fn draw(names: &[&str], mut cell: impl FnMut(usize, usize) -> Option<(Extent, String)>) -> String {
     let label = names.iter().map(|n| n.chars().count()).max().unwrap_or(0) * CHARACTER + 12;
     let (left, top) = (label, label + 20);
     let (width, height) = (left + names.len() * CELL + 20, top + names.len() * CELL + 50);
@@ -33,14 +34,17 @@ pub(super) fn draw(names: &[&str], mut cell: impl FnMut(usize, usize) -> (Extent
     }
     for row in 0..names.len() {
         for column in 0..names.len() {
-            let (extent, text) = cell(row, column);
+            let (colour, text) = match cell(row, column) {
+                Some((extent, text)) => (colour(extent), text),
+                None => (NOT_ASKED, "not asked".to_owned()),
+            };
             let (x, y) = (left + column * CELL, top + row * CELL);
             let _ = writeln!(
                 svg,
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{}\" fill=\"{}\"><title>{} to {}: {}</title></rect>",
                 CELL - 1,
                 CELL - 1,
-                colour(extent),
+                colour,
                 escape(names[row]),
                 escape(names[column]),
                 escape(&text)
@@ -48,16 +52,20 @@ pub(super) fn draw(names: &[&str], mut cell: impl FnMut(usize, usize) -> (Extent
         }
     }
     let y = top + names.len() * CELL + 16;
-    for (i, (extent, text)) in
-        [(Extent::Everything, "everything"), (Extent::Something, "some ports"), (Extent::Nothing, "nothing")]
-            .into_iter()
-            .enumerate()
+    for (i, (colour, text)) in [
+        (colour(Extent::Everything), "everything"),
+        (colour(Extent::Something), "some ports"),
+        (colour(Extent::Nothing), "nothing"),
+        (NOT_ASKED, "itself"),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let x = 8 + i * 90;
         let _ = writeln!(
             svg,
             "<rect x=\"{x}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"{}\"/><text x=\"{}\" y=\"{}\">{text}</text>",
-            colour(extent),
+            colour,
             x + 16,
             y + 10
         );
@@ -65,6 +73,8 @@ pub(super) fn draw(names: &[&str], mut cell: impl FnMut(usize, usize) -> (Extent
     svg.push_str("</svg>\n");
     svg
 }
+
+const NOT_ASKED: &str = "#dddddd";
 
 /// Colours that people who do not tell red from green tell apart (Okabe and Ito).
 fn colour(extent: Extent) -> &'static str {
