@@ -9,7 +9,7 @@ use podway_bench::namespaces::OnlyOne;
 use podway_bench::report::{Report, table};
 use podway_bench::services::mechanism::Mode;
 use podway_bench::stop::Stop;
-use podway_bench::{cni, net, save, services, traffic};
+use podway_bench::{cni, net, policy, save, services, traffic};
 use podway_lab::cgroup::Cgroup;
 
 use crate::args::{Format, OutputFormat};
@@ -28,6 +28,13 @@ pub(crate) enum Bench {
     /// Mechanisms are Podway's own (ebpf, nftables, iptables, iptables-legacy, ipvs) and what kube-proxy leaves in the
     /// kernel (kube-nftables, kube-iptables, kube-iptables-legacy). Those that this machine lacks are skipped by name.
     Services(Services),
+    /// Compiling network policies: time, memory, label changes, `podway policy check`
+    ///
+    /// Each value is the worst of the runs and has a bound. Needs no privileges and no network.
+    Policy(PolicyBench),
+    /// Compile policies for the bench
+    #[command(hide = true)]
+    Compile(Compile),
     /// Answer the bench's clients
     #[command(hide = true)]
     Serve,
@@ -120,6 +127,30 @@ pub(crate) struct Services {
     patience: u64,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct PolicyBench {
+    /// Runs of each row, of which the worst counts
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// Folder to write the report (JSON) into
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Compile {
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=20_000))]
+    pods: u16,
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=20_000))]
+    policies: u16,
+    #[arg(long)]
+    node: bool,
+    #[arg(long)]
+    on_one_pod: bool,
+}
+
 /// A mode by its name on the command line.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ModeName(Mode);
@@ -177,6 +208,20 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             };
             let report = measured(|stop| services::run(&options, stop, say))?;
             finish(&report, &args.common)?;
+            Ok(OK)
+        }
+        Bench::Policy(args) => {
+            let report = measured(|stop| policy::run(policy::Options { runs: args.runs }, stop, say))?;
+            match args.format.output {
+                OutputFormat::Json => output::json(&report)?,
+                OutputFormat::Text => output::print(&table(&report)),
+            }
+            args.save.as_deref().map_or(Ok(()), |dir| save(&report, dir))?;
+            Ok(OK)
+        }
+        Bench::Compile(Compile { pods, policies, node, on_one_pod }) => {
+            let size = policy::Size { pods: pods.into(), policies: policies.into(), node, on_one_pod };
+            output::json(&policy::measure(size)?)?;
             Ok(OK)
         }
         Bench::Serve => traffic::serve().map(|()| OK),
