@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use podway_agent::flows::FlowsConfig;
 use podway_agent::services::config::ServicesConfig;
 use podway_agent::{AgentConfig, AgentError, CleanupReport, Credentials, Masquerade, NetworkMode};
 use podway_bpf_host::{Datapath, Flow};
@@ -33,10 +34,12 @@ pub(crate) fn run(args: Agent) -> anyhow::Result<u8> {
         mode: args.service_mode.of_agent(),
         service_cidrs: args.service_cidr,
         node_port_addresses: args.node_port_addresses,
+        masquerade_all: args.masquerade_all,
         ipvs_scheduler: args.ipvs_scheduler,
         cgroup: args.cgroup,
         load_balancer_pool: args.load_balancer_pool,
     };
+    config.flows = FlowsConfig { enabled: args.flows, history: args.flow_history };
     match podway_agent::run(config) {
         Ok(()) => Ok(OK),
         // What is wrong with the command line is told like every command's.

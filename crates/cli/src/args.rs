@@ -15,6 +15,7 @@ use podway_lab::roll::Workload;
 use podway_lab::spec::{self, LabName, LabSpec};
 
 use crate::bench::Bench;
+use crate::flows::Flows;
 use crate::policy::Policy;
 
 /// Kubernetes networking in one binary
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Cleanup(Cleanup),
     /// Show Services as a node serves them: where they answer, by whom, and why each endpoint is used or not
     Services(Services),
+    /// Show what moves and what is dropped: flows that begin and end, and drops with their reason
+    Flows(Flows),
     /// Work out what network policies come to, and why
     #[command(subcommand)]
     Policy(Policy),
@@ -280,9 +283,12 @@ pub(crate) struct Agent {
     /// loopback and link-local ones]
     #[arg(long, value_name = "CIDR", value_parser = cidr)]
     pub(crate) node_port_addresses: Vec<IpNet>,
-    /// How IPVS chooses among endpoints: rr, lc, sh, mh and others of the kernel's schedulers
-    #[arg(long, value_name = "NAME", default_value = "rr")]
-    pub(crate) ipvs_scheduler: podway_agent::services::config::Scheduler,
+    /// Give what goes to cluster IPs the node's address, also when a pod sends it; not with ebpf
+    #[arg(long)]
+    pub(crate) masquerade_all: bool,
+    /// How IPVS chooses among endpoints: rr, lc, sh, mh and others of the kernel's schedulers [default: rr]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) ipvs_scheduler: Option<podway_agent::services::config::Scheduler>,
     /// Root of the processes whose sockets are translated, a folder of the unified control group hierarchy [default:
     /// where that is mounted]
     #[arg(long, value_name = "DIR")]
@@ -291,6 +297,12 @@ pub(crate) struct Agent {
     /// may be given several times
     #[arg(long, value_name = "CIDR", value_parser = cidr)]
     pub(crate) load_balancer_pool: Vec<IpNet>,
+    /// Tell flows that begin and end, and drops (podway flows)
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) flows: bool,
+    /// Most events of flows that are remembered
+    #[arg(long, value_name = "N", default_value_t = podway_agent::flows::FlowsConfig::default().history)]
+    pub(crate) flow_history: usize,
     /// How log lines look: text or json
     #[arg(long, default_value = "json")]
     pub(crate) log_format: LogFormat,
@@ -382,6 +394,12 @@ pub(crate) struct Up {
     /// By what mechanism Services are served
     #[arg(long, value_enum, default_value = "ebpf")]
     pub(crate) service_mode: ServiceMode,
+    /// Give what goes to cluster IPs the node's address, also when a pod sends it; not with ebpf
+    #[arg(long)]
+    pub(crate) masquerade_all: bool,
+    /// How IPVS chooses among endpoints: rr, lc, sh, mh and others of the kernel's schedulers [default: rr]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) ipvs_scheduler: Option<podway_agent::services::config::Scheduler>,
     /// Addresses for Services of type LoadBalancer, on the network of the nodes; may be given several times [default:
     /// 172.18.200.0/24 and fd00:172:18::200:0/112, as far as pods have the family]
     #[arg(long, value_name = "CIDR", value_parser = cidr)]
@@ -418,6 +436,8 @@ impl Up {
             vxlan_port: self.vxlan_port,
             vxlan_vni: self.vxlan_vni,
             service_mode: self.service_mode.of_lab(),
+            masquerade_all: self.masquerade_all,
+            ipvs_scheduler: self.ipvs_scheduler.as_ref().map(|s| s.name().to_owned()),
             load_balancer_pool: self.load_balancer_pool.clone(),
         }
     }

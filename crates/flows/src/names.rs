@@ -222,6 +222,18 @@ impl Names {
         let addresses: Vec<IpAddr> =
             service.cluster_ips.iter().chain(&service.external_ips).copied().chain(ingress).collect();
         let mut keys = Vec::new();
+        // A cluster IP is one Service's alone: also where it has no such port.
+        let whole = ServiceName {
+            namespace: service.namespace.clone(),
+            name: service.name.clone(),
+            port: String::new(),
+        };
+        let whole = Arc::new(whole);
+        for address in &service.cluster_ips {
+            let key = (Addr::from(*address), ANY, ANY_PROTOCOL);
+            self.by_service.insert(key, Arc::clone(&whole));
+            keys.push(key);
+        }
         for port in &service.ports {
             let name = Arc::new(ServiceName {
                 namespace: service.namespace.clone(),
@@ -308,7 +320,8 @@ impl Names {
     pub fn service(&self, address: &Addr, port: u16, proto: u8) -> Option<&Arc<ServiceName>> {
         self.by_service.get(&(*address, port, proto)).or_else(|| {
             let node = self.by_address.get(address).is_some_and(|i| i.kind == Kind::Node);
-            if node { self.by_service.get(&(ANY_NODE, port, proto)) } else { None }
+            let key = if node { (ANY_NODE, port, proto) } else { (*address, ANY, ANY_PROTOCOL) };
+            self.by_service.get(&key)
         })
     }
 
@@ -333,6 +346,9 @@ impl Names {
 
 /// Stands for every address of a node.
 const ANY_NODE: Addr = Addr::UNSPECIFIED;
+/// Stand for every port and protocol of an address: neither is ever used on the wire.
+const ANY: u16 = 0;
+const ANY_PROTOCOL: u8 = 255;
 
 /// IP protocol number.
 fn number(protocol: Protocol) -> u8 {
@@ -461,14 +477,18 @@ mod tests {
         let found = |names: &Names, a: &str, port| names.service(&addr(a), port, 6).map(|s| s.port.clone());
         for (address, port, is) in [
             ("10.96.0.1", 80, true),
-            ("10.96.0.1", 81, false),
+            ("10.96.0.1", 81, true),
+            ("10.96.0.2", 80, false),
             ("192.0.2.1", 80, true),
+            ("192.0.2.1", 81, false),
             ("172.18.1.1", 30080, true),
-            ("10.96.0.1", 30080, false),
+            ("172.18.1.1", 30081, false),
         ] {
             assert_eq!(found(&names, address, port).is_some(), is, "{address}:{port}");
         }
-        assert!(names.service(&addr("10.96.0.1"), 80, 17).is_none());
+        assert_eq!(found(&names, "10.96.0.1", 80).as_deref(), Some("http"));
+        assert_eq!(found(&names, "10.96.0.1", 81).as_deref(), Some(""));
+        assert!(names.service(&addr("192.0.2.1"), 80, 17).is_none());
         names.remove_service("x", "web");
         assert_eq!(found(&names, "10.96.0.1", 80), None);
         names.remove_node("n1");

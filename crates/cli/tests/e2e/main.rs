@@ -11,10 +11,12 @@
 mod attachments;
 mod capabilities;
 mod faults;
+mod flows;
 mod lab;
 mod links;
 mod live;
 mod paths;
 mod projects;
 mod runtimes;
+mod semantics;
 mod services;
