@@ -5,6 +5,7 @@
 //! makes its sockets in the pods' namespaces and uses them from here. Pods that have no stand-in to ask get a
 //! listener of this kind for the time of the check.
 
+mod asking;
 mod echo;
 mod render;
 mod services;
@@ -27,6 +28,7 @@ use crate::spec::{LabName, ServiceMode};
 use crate::standin::{self, Identity, Phase, Protocol, Shared};
 use crate::state::StateDir;
 
+pub use asking::{Heard, Question, Way, ask};
 pub use render::render;
 pub use services::ServicePath;
 
