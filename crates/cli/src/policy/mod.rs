@@ -3,6 +3,7 @@
 mod cluster;
 mod picture;
 mod source;
+mod verify;
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use crate::{FAILED, OK, USAGE};
 use cluster::{Addresses, Cluster, Group};
 use picture::Extent;
 use source::Live;
+pub(crate) use verify::Verify;
 
 /// Pairs that the text output lists; JSON has all.
 const ROWS: usize = 200;
@@ -42,6 +44,11 @@ pub(crate) enum Policy {
     /// Compares two manifests, or what is in a running lab or cluster with what it would be with the manifest's policies
     /// and namespaces in place of its own. Exits with 0 when nothing would change, with 1 when something would, with 2 on errors.
     Diff(Diff),
+    /// Send real probes between a lab's pods, and hold what arrives against what policies say
+    ///
+    /// For each pair of pods something that is allowed and something that is not. Exits with 0 when nothing contradicts,
+    /// with 1 when something does, with 2 on errors.
+    Verify(Verify),
 }
 
 #[derive(Debug, Args)]
@@ -122,6 +129,7 @@ pub(crate) fn run(command: Policy) -> anyhow::Result<u8> {
         Policy::Check(args) => check(&args),
         Policy::Explain(args) => or_error(explain_one(&args)),
         Policy::Diff(args) => or_error(diff(&args)),
+        Policy::Verify(args) => or_error(verify::run(&args)),
     }
 }
 
