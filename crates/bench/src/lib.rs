@@ -18,6 +18,7 @@
 pub mod cluster;
 pub mod cni;
 mod curves;
+pub mod flows;
 pub mod machine;
 pub mod namespaces;
 pub mod net;

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -78,6 +78,34 @@ pub fn measure(
             Some(ProgramCost { program, traffic: name.into(), runs, ns_per_run })
         })
         .collect())
+}
+
+/// Counting of the programs that use given maps, for as long as this value lives.
+#[derive(Debug)]
+pub struct Counting {
+    maps: BTreeSet<u32>,
+    _counting: OwnedFd,
+}
+
+impl Counting {
+    /// Begins to count the programs that use the maps pinned in `pin_dirs`.
+    ///
+    /// # Errors
+    /// When the kernel does not count, or nothing is pinned there.
+    pub fn start(pin_dirs: &[impl AsRef<Path>]) -> anyhow::Result<Self> {
+        let maps = pinned_maps(pin_dirs)?;
+        let counting = enable_stats(Stats::RunTime)
+            .context("ask the kernel to count runs of BPF programs (needs kernel 5.8)")?;
+        Ok(Self { maps, _counting: counting })
+    }
+
+    /// Nanoseconds that all of them have run since they were loaded, while anybody counted.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn total(&self) -> anyhow::Result<u64> {
+        Ok(counts(&self.maps)?.values().map(|(_, time)| time).sum())
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "2^53 nanoseconds are 104 days")]

@@ -1,6 +1,6 @@
 //! Events of the programs: reading them, how much of them there is, what was lost.
 
-use std::{os::fd::AsFd as _, time::Duration};
+use std::{os::fd::AsFd as _, path::Path, time::Duration};
 
 use aya::maps::{Array, Map, MapData, PerCpuArray, RingBuf};
 use nix::{
@@ -8,7 +8,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use podway_abi::{
-    Reason,
+    ABI_VERSION, Reason,
     events::{EVENT_WINDOW_SHIFT, Event, EventBucket, EventConfig, bucket},
 };
 
@@ -50,22 +50,80 @@ pub struct EventReader {
     ring: RingBuf<MapData>,
 }
 
-/// The tables around the ring buffer.
+/// The tables around the ring buffer: how much is told, and what became of it.
+pub struct EventTables {
+    config: Array<MapData, EventConfig>,
+    counts: PerCpuArray<MapData, EventBucket>,
+}
+
+/// The ring buffer and its tables.
 pub(crate) struct Events {
     /// Until somebody takes it.
     ring: Option<RingBuf<MapData>>,
-    config: Array<MapData, EventConfig>,
-    counts: PerCpuArray<MapData, EventBucket>,
+    tables: EventTables,
 }
 
 impl Events {
     pub(crate) fn new(ebpf: &mut aya::Ebpf) -> Result<Self> {
         let ring: Map = take(ebpf, "EVENTS")?;
-        Ok(Self {
-            ring: Some(RingBuf::try_from(ring)?),
+        let tables = EventTables {
             config: Array::try_from(take(ebpf, "EVENT_CONFIG")?)?,
             counts: PerCpuArray::try_from(take(ebpf, "EVENT_COUNTS")?)?,
+        };
+        Ok(Self { ring: Some(RingBuf::try_from(ring)?), tables })
+    }
+}
+
+impl EventTables {
+    /// Those of a datapath that another process has loaded, by the directory of its pins.
+    ///
+    /// # Errors
+    /// When they are not there.
+    pub fn open(pin_dir: &Path) -> Result<Self> {
+        let dir = pin_dir.join(format!("maps-v{ABI_VERSION}"));
+        let map = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(|e| Error::map(name, e));
+        Ok(Self {
+            config: Array::try_from(Map::Array(map("EVENT_CONFIG")?))?,
+            counts: PerCpuArray::try_from(Map::PerCpuArray(map("EVENT_COUNTS")?))?,
         })
+    }
+
+    /// Sets how much is told from now on.
+    ///
+    /// # Errors
+    /// When the kernel refuses the map update.
+    pub fn set_limits(&mut self, limits: EventLimits) -> Result<()> {
+        let config = EventConfig {
+            flows_per_window: per_window(limits.flows_per_second),
+            drops_per_window: per_window(limits.drops_per_second),
+        };
+        self.config.set(0, config, 0).map_err(|e| Error::map("EVENT_CONFIG", e))
+    }
+
+    /// What became of events, by kind and for drops by reason; kinds without any are left out.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn counts(&self) -> Result<Vec<EventCounts>> {
+        let reasons = Reason::ALL.iter().filter(|r| r.is_drop()).map(|r| (*r as u32, "drop", Some(*r)));
+        let mut all = Vec::new();
+        for (index, kind, reason) in
+            [(bucket::START, "start", None), (bucket::END, "end", None)].into_iter().chain(reasons)
+        {
+            let cpus = self.counts.get(&index, 0).map_err(|e| Error::map("EVENT_COUNTS", e))?;
+            let sum = |of: fn(&EventBucket) -> u64| cpus.iter().map(of).sum();
+            let counts = EventCounts {
+                kind,
+                reason,
+                told: sum(|c| c.told),
+                limited: sum(|c| c.limited),
+                lost: sum(|c| c.lost),
+            };
+            if counts.told | counts.limited | counts.lost != 0 {
+                all.push(counts);
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -81,38 +139,15 @@ impl Datapath {
     /// # Errors
     /// When the kernel refuses the map update.
     pub fn set_event_limits(&self, limits: EventLimits) -> Result<()> {
-        let config = EventConfig {
-            flows_per_window: per_window(limits.flows_per_second),
-            drops_per_window: per_window(limits.drops_per_second),
-        };
-        lock(&self.events).config.set(0, config, 0).map_err(|e| Error::map("EVENT_CONFIG", e))
+        lock(&self.events).tables.set_limits(limits)
     }
 
-    /// What became of events, by kind and for drops by reason; kinds without any are left out.
+    /// See [`EventTables::counts`].
     ///
     /// # Errors
     /// When the table cannot be read.
     pub fn event_counts(&self) -> Result<Vec<EventCounts>> {
-        let events = lock(&self.events);
-        let reasons = Reason::ALL.iter().filter(|r| r.is_drop()).map(|r| (*r as u32, "drop", Some(*r)));
-        let mut all = Vec::new();
-        for (index, kind, reason) in
-            [(bucket::START, "start", None), (bucket::END, "end", None)].into_iter().chain(reasons)
-        {
-            let cpus = events.counts.get(&index, 0).map_err(|e| Error::map("EVENT_COUNTS", e))?;
-            let sum = |of: fn(&EventBucket) -> u64| cpus.iter().map(of).sum();
-            let counts = EventCounts {
-                kind,
-                reason,
-                told: sum(|c| c.told),
-                limited: sum(|c| c.limited),
-                lost: sum(|c| c.lost),
-            };
-            if counts.told | counts.limited | counts.lost != 0 {
-                all.push(counts);
-            }
-        }
-        Ok(all)
+        lock(&self.events).tables.counts()
     }
 }
 

@@ -33,7 +33,7 @@ use podway_abi::{ABI_VERSION, Addr, Counter as AbiCounter, Hook, Mac, Source};
 
 pub use attach::AttachMethod;
 pub use error::{Error, Result};
-pub use events::{EventCounts, EventLimits, EventReader};
+pub use events::{EventCounts, EventLimits, EventReader, EventTables};
 pub use flows::{Flow, SweepReport};
 pub use object::is_built_in;
 pub use peers::{Peer, PeerFlags, SyncReport};

@@ -9,7 +9,7 @@ use podway_bench::namespaces::OnlyOne;
 use podway_bench::report::{Report, table};
 use podway_bench::services::mechanism::Mode;
 use podway_bench::stop::Stop;
-use podway_bench::{cni, net, policy, save, services, traffic};
+use podway_bench::{cni, flows, net, policy, save, services, traffic};
 use podway_lab::cgroup::Cgroup;
 
 use crate::args::{Format, OutputFormat};
@@ -35,6 +35,20 @@ pub(crate) enum Bench {
     /// Compile policies for the bench
     #[command(hide = true)]
     Compile(Compile),
+    /// What it costs to tell flows, and whether what is not told is counted
+    Flows(Flows),
+    /// Open flows at a rate
+    #[command(hide = true)]
+    Burst {
+        /// With whom
+        server: IpAddr,
+        /// Flows a second
+        #[arg(long)]
+        rate: u32,
+        /// For how long
+        #[arg(long)]
+        milliseconds: u64,
+    },
     /// Answer the bench's clients
     #[command(hide = true)]
     Serve,
@@ -92,6 +106,9 @@ pub(crate) struct Net {
     /// Report of an earlier run (JSON): fail when one of our kernel programs costs over 10% more than there
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
+    /// Only the comparisons with this in their name, such as "stream"
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -151,6 +168,18 @@ pub(crate) struct Compile {
     on_one_pod: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Flows {
+    #[command(flatten)]
+    common: Common,
+    /// Time of each measurement
+    #[arg(long, default_value_t = 1000)]
+    milliseconds: u64,
+    /// Flows a second that are opened; the cost is given for 100,000 in any case
+    #[arg(long, default_value_t = 100_000)]
+    rate: u32,
+}
+
 /// A mode by its name on the command line.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ModeName(Mode);
@@ -177,6 +206,7 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
                 time: Duration::from_millis(args.milliseconds),
                 services: args.services,
                 baseline: args.baseline,
+                only: args.only,
             };
             let (report, worse) = measured(|stop| net::run(&options, stop, say))?;
             finish(&report, &args.common)?;
@@ -223,6 +253,20 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             let size = policy::Size { pods: pods.into(), policies: policies.into(), node, on_one_pod };
             output::json(&policy::measure(size)?)?;
             Ok(OK)
+        }
+        Bench::Flows(args) => {
+            let _only = OnlyOne::take()?;
+            let options = flows::Options {
+                pairs: args.common.pairs,
+                time: Duration::from_millis(args.milliseconds),
+                rate: args.rate,
+            };
+            let report = measured(|stop| flows::run(options, stop, say))?;
+            finish(&report, &args.common)?;
+            Ok(OK)
+        }
+        Bench::Burst { server, rate, milliseconds } => {
+            flows::sender(server, rate, Duration::from_millis(milliseconds)).map(|()| OK)
         }
         Bench::Serve => traffic::serve().map(|()| OK),
         Bench::Connect { cgroup } => {

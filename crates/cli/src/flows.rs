@@ -128,7 +128,7 @@ pub(crate) fn run(args: Flows) -> anyhow::Result<u8> {
     let query = Query { filter, last, since: args.since, follow: args.follow };
     let mut shown = Shown { format: args.output, header: false, follow: args.follow };
     let asked = Asked::ask(&instances, &query);
-    show(asked, instances.len(), &query, &mut shown)
+    show(&asked, instances.len(), &query, &mut shown)
 }
 
 /// The agents that are meant.
@@ -293,7 +293,7 @@ fn timed(answer: Answer) -> Option<Timed> {
 }
 
 /// Shows the past of all, in order, then what happens. Ends with a failure when an agent did not tell all.
-fn show(asked: Asked, agents: usize, query: &Query, shown: &mut Shown) -> anyhow::Result<u8> {
+fn show(asked: &Asked, agents: usize, query: &Query, shown: &mut Shown) -> anyhow::Result<u8> {
     let (mut past, mut live, mut summaries, mut failed) = (Vec::new(), BinaryHeap::new(), Vec::new(), 0);
     let mut ended = 0;
     // The past is complete when each has said so, or has failed.
@@ -305,10 +305,7 @@ fn show(asked: Asked, agents: usize, query: &Query, shown: &mut Shown) -> anyhow
                 pasts += 1;
                 summaries.push(summary);
             }
-            Heard::Line(answer) => match timed(answer) {
-                Some(line) => past.push(line),
-                None => {}
-            },
+            Heard::Line(answer) => past.extend(timed(answer)),
             Heard::End(error) => {
                 ended += 1;
                 if let Some(error) = error {
