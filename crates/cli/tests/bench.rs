@@ -55,6 +55,8 @@ fn bad_options_are_refused_by_name_before_anything_is_made() {
         (&["net", "--milliseconds", "20000"], "--milliseconds: 20000 is not"),
         (&["net", "--services", "60000"], "--services: 60000 is more than"),
         (&["net", "--baseline", "/nonexistent.json"], "--baseline /nonexistent.json"),
+        (&["flows", "--rate", "10"], "--rate: 10 is not 1000 to"),
+        (&["flows", "--milliseconds", "5"], "--milliseconds: 5 is not 100 to"),
         (&["cni", "--operations", "0"], "--operations: 0 is not 1 to"),
         (&["cni", "--concurrent", "1000"], "--concurrent: 1000 is not 1 to"),
     ] {
