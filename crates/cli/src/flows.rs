@@ -167,7 +167,7 @@ fn instances(args: &Flows) -> anyhow::Result<Vec<Instance>> {
 }
 
 /// Nodes of a lab whose agents have told, or tell, flows.
-fn nodes(lab: &LabName) -> anyhow::Result<Vec<String>> {
+pub(crate) fn nodes(lab: &LabName) -> anyhow::Result<Vec<String>> {
     let any = Instance::parse(&format!("{lab}/any"))?.run_dir();
     let dir = any.parent().context("an instance's directory is within another")?;
     let mut nodes: Vec<String> = std::fs::read_dir(dir)

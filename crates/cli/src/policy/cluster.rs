@@ -32,6 +32,8 @@ pub(super) struct Group {
 pub(super) struct Cluster {
     pub(super) compiler: Compiler,
     pub(super) groups: Vec<Group>,
+    /// Pods of a running cluster, namespace/name, by namespace/name of their workload.
+    pub(super) workloads: BTreeMap<String, Vec<String>>,
     /// What was refused or cannot be read; nothing of it counts, but pods that a refused NetworkPolicy selects are
     /// isolated.
     pub(super) problems: Vec<String>,
@@ -79,6 +81,7 @@ struct Reader<'a> {
     updates: Vec<Update>,
     /// By namespace/name of the workload, or of the pod that stands for itself.
     members: BTreeMap<String, Vec<Member>>,
+    owned: BTreeMap<String, Vec<String>>,
     /// Pods that there were already.
     seen: BTreeSet<String>,
     has_nodes: bool,
@@ -94,6 +97,7 @@ pub(super) fn read(objects: Objects, addresses: &mut Addresses) -> Cluster {
         is_live: objects.is_live,
         updates: Vec::new(),
         members: BTreeMap::new(),
+        owned: BTreeMap::new(),
         seen: BTreeSet::new(),
         has_nodes: false,
         has_host_pods: false,
@@ -191,6 +195,9 @@ impl Reader<'_> {
                 pod.addresses.push(self.addresses.of(&name).into());
             }
         }
+        if let Some(owner) = owner(value).filter(|_| self.is_live) {
+            self.owned.entry(format!("{}/{owner}", pod.namespace)).or_default().push(name.clone());
+        }
         let group = of.map_or_else(|| name.clone(), |w| format!("{}/{}", w.namespace, w.name));
         let kind = of.map_or("Pod", |w| &w.kind).to_owned();
         let (addresses, served) = (pod.addresses.clone(), pod.served.clone());
@@ -213,8 +220,16 @@ impl Reader<'_> {
             self.notes.push(note.into());
         }
         self.notes.extend(compiler.findings().iter().map(ToString::to_string));
-        Cluster { compiler, groups, problems: self.problems, notes: self.notes }
+        Cluster { compiler, groups, workloads: self.owned, problems: self.problems, notes: self.notes }
     }
+}
+
+/// Name of the workload that a running pod is of: its controller, or the Deployment of its ReplicaSet.
+fn owner(pod: &Value) -> Option<&str> {
+    let owners = pod["metadata"]["ownerReferences"].as_array()?;
+    let name = owners.iter().find(|owner| owner["controller"] == true)?["name"].as_str()?;
+    let hash = pod["metadata"]["labels"]["pod-template-hash"].as_str();
+    Some(hash.and_then(|hash| name.strip_suffix(hash)?.strip_suffix('-')).unwrap_or(name))
 }
 
 /// Members of one workload together, as far as policies do not tell them apart.
@@ -298,6 +313,23 @@ mod tests {
         let judge = |(a, b): (IpAddr, IpAddr)| policed.compiler.table().judge(a, b, 6, 80).allow();
         assert!(!judge(rest.to(first).unwrap()) && judge(first.to(rest).unwrap()));
         assert!(first.to(first).is_none());
+    }
+
+    #[test]
+    fn running_pods_are_found_by_their_workload() {
+        for (labels, owners, expected) in [
+            (
+                json!({"pod-template-hash": "5f"}),
+                json!([{"controller": true, "name": "web-5f"}]),
+                Some("web"),
+            ),
+            (json!({}), json!([{"controller": true, "name": "db"}]), Some("db")),
+            (json!({}), json!([{"controller": false, "name": "db"}]), None),
+            (json!({}), json!(null), None),
+        ] {
+            let pod = json!({"metadata": {"labels": labels, "ownerReferences": owners}});
+            assert_eq!(owner(&pod), expected, "{pod}");
+        }
     }
 
     #[test]

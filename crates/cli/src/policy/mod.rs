@@ -1,6 +1,7 @@
 //! `podway policy`: what network policies come to, worked out from objects alone.
 
 mod cluster;
+mod learn;
 mod picture;
 mod source;
 mod verify;
@@ -19,6 +20,7 @@ use crate::args::{Format, OutputFormat};
 use crate::output::{self, table};
 use crate::{FAILED, OK, USAGE};
 use cluster::{Addresses, Cluster, Group};
+pub(crate) use learn::Learn;
 use picture::Extent;
 use source::Live;
 pub(crate) use verify::Verify;
@@ -49,6 +51,11 @@ pub(crate) enum Policy {
     /// For each pair of pods something that is allowed and something that is not. Exits with 0 when nothing contradicts,
     /// with 1 when something does, with 2 on errors.
     Verify(Verify),
+    /// Propose policies that allow what was seen and nothing else
+    ///
+    /// Prints NetworkPolicies as YAML; on standard error, what was seen and would be denied all the same, and what they
+    /// allow beyond what was seen. Look at flows long enough to have seen all that has to work.
+    Learn(Learn),
 }
 
 #[derive(Debug, Args)]
@@ -130,6 +137,7 @@ pub(crate) fn run(command: Policy) -> anyhow::Result<u8> {
         Policy::Explain(args) => or_error(explain_one(&args)),
         Policy::Diff(args) => or_error(diff(&args)),
         Policy::Verify(args) => or_error(verify::run(&args)),
+        Policy::Learn(args) => or_error(learn::run(&args)),
     }
 }
 
@@ -330,19 +338,15 @@ fn explain_one(args: &Explain) -> anyhow::Result<u8> {
 
 /// The addresses of a question, of one family.
 fn ends(cluster: &Cluster, source: &str, target: &str) -> anyhow::Result<(IpAddr, IpAddr)> {
-    let sources = find(cluster, source)?;
-    let mut targets = find(cluster, target)?;
-    if source == target && source.parse::<IpAddr>().is_err() {
-        // Another pod of the workload, when it is asked about itself.
-        let group = cluster.groups.iter().find(|group| group.name == full_name(source));
-        targets = group.and_then(|group| group.other.clone()).unwrap_or(targets);
-    }
-    let pair = |source: &IpAddr| {
-        Some((*source, *targets.iter().find(|target| target.is_ipv4() == source.is_ipv4())?))
-    };
-    sources
-        .iter()
-        .find_map(pair)
+    let (sources, targets) = (find(cluster, source)?, find(cluster, target)?);
+    // Another pod of the workload, when it is asked about itself.
+    let is_itself = source == target && source.parse::<IpAddr>().is_err();
+    let pairs = sources.iter().flat_map(|s| targets.iter().map(move |t| (*s, *t)));
+    let mut fitting: Vec<(IpAddr, IpAddr)> = pairs.filter(|(s, t)| s.is_ipv4() == t.is_ipv4()).collect();
+    fitting.sort_by_key(|(s, t)| is_itself && s == t);
+    fitting
+        .first()
+        .copied()
         .with_context(|| format!("{source} and {target} have no family of addresses in common"))
 }
 
@@ -350,18 +354,24 @@ fn full_name(text: &str) -> String {
     if text.contains('/') { text.to_owned() } else { format!("default/{text}") }
 }
 
-/// The addresses of a workload, a pod, or an address.
+/// The addresses of a workload's first two pods, of a pod, or an address.
 fn find(cluster: &Cluster, text: &str) -> anyhow::Result<Vec<IpAddr>> {
     if let Ok(addr) = text.parse() {
         return Ok(vec![addr]);
     }
     let full = full_name(text);
     if let Some(group) = cluster.groups.iter().find(|group| group.name == full) {
-        return Ok(group.addresses.clone());
+        return Ok(group.addresses.iter().chain(group.other.iter().flatten()).copied().collect());
     }
-    let pod = full.split_once('/').and_then(|(namespace, name)| cluster.compiler.pod(namespace, name));
-    if let Some(pod) = pod.filter(|pod| !pod.addresses.is_empty()) {
-        return Ok(pod.addresses.clone());
+    let own = [full.clone()];
+    let pods = cluster.workloads.get(&full).map_or(&own[..], Vec::as_slice).iter().take(2);
+    let pods = pods.filter_map(|pod| pod.split_once('/'));
+    let found: Vec<IpAddr> = pods
+        .filter_map(|(namespace, name)| cluster.compiler.pod(namespace, name))
+        .flat_map(|pod| pod.addresses.iter().copied())
+        .collect();
+    if !found.is_empty() {
+        return Ok(found);
     }
     let of_name = |group: &&Group| group.name.starts_with(&format!("{full} ("));
     let mut names: Vec<&str> = cluster.groups.iter().filter(of_name).map(|g| g.name.as_str()).collect();
