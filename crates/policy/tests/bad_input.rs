@@ -179,7 +179,7 @@ fn label_churn_touches_only_the_endpoints_concerned() {
     let spec = json!({"podSelector": {"matchLabels": {"app": "a"}}, "policyTypes": ["Ingress", "Egress"],
         "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "b"}}}]}]});
     compiler.apply([Update::NetworkPolicy(NetworkPolicy::parse(&policy("p", &spec)).unwrap())]);
-    let label = |i: u8| if i % 2 == 0 { "a" } else { "b" };
+    let label = |i: u8| if i.is_multiple_of(2) { "a" } else { "b" };
     compiler.apply((1..200).map(|i| pod(&format!("pod-{i}"), i, &json!({"app": label(i)}))));
     let size = compiler.size();
     for round in 0..500_u32 {

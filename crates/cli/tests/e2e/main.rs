@@ -16,6 +16,7 @@ mod lab;
 mod links;
 mod live;
 mod paths;
+mod policy;
 mod projects;
 mod runtimes;
 mod semantics;
