@@ -11,7 +11,7 @@ use podway_model::{
     policy::{IpBlock, Namespaces},
 };
 
-use crate::{ids::Slab, table::ClassId, table::SetId};
+use crate::{ids::Slab, index::Index, table::ClassId, table::SetId};
 
 /// Number of an atom.
 pub(crate) type AtomId = u32;
@@ -45,9 +45,9 @@ pub(crate) struct Atoms {
     slab: Slab<Atom>,
     ids: HashMap<Arc<AtomKey>, AtomId>,
     /// Of pods of one namespace, by its name.
-    of_namespace: HashMap<String, BTreeSet<AtomId>>,
-    /// Of pods of selected namespaces.
-    of_selected: BTreeSet<AtomId>,
+    of_namespace: HashMap<String, Index>,
+    /// Of pods of selected namespaces, by the namespaces.
+    of_selected: Index,
     of_nodes: BTreeSet<AtomId>,
     pub(crate) blocks: BTreeSet<AtomId>,
     /// Names of ports that rules ask for, how often, and the atoms of what pods have under them.
@@ -64,8 +64,18 @@ impl Atoms {
         let key = Arc::new(key);
         let (classes, sets) = (BTreeSet::new(), BTreeSet::new());
         let id = self.slab.insert(Atom { key: Arc::clone(&key), refs: 1, classes, sets });
-        if let Some(list) = self.list(&key) {
-            list.insert(id);
+        match &*key {
+            AtomKey::Pods(Namespaces::Named(name), pods) => {
+                self.of_namespace.entry(name.clone()).or_default().insert(pods, id);
+            }
+            AtomKey::Pods(Namespaces::Selected(namespaces), _) => self.of_selected.insert(namespaces, id),
+            AtomKey::Nodes(_) => {
+                self.of_nodes.insert(id);
+            }
+            AtomKey::Block(_) => {
+                self.blocks.insert(id);
+            }
+            AtomKey::Port(_) => {}
         }
         self.ids.insert(key, id);
         (id, true)
@@ -81,21 +91,27 @@ impl Atoms {
     pub(crate) fn remove(&mut self, id: AtomId) {
         let Some(atom) = self.slab.remove(id) else { return };
         self.ids.remove(&atom.key);
-        if let Some(list) = self.list(&atom.key) {
-            list.remove(&id);
-        }
         match &*atom.key {
-            AtomKey::Pods(Namespaces::Named(name), _)
-                if self.of_namespace.get(name).is_some_and(BTreeSet::is_empty) =>
-            {
-                self.of_namespace.remove(name);
+            AtomKey::Pods(Namespaces::Named(name), pods) => {
+                if let Some(index) = self.of_namespace.get_mut(name) {
+                    index.remove(pods, id);
+                    if index.is_empty() {
+                        self.of_namespace.remove(name);
+                    }
+                }
+            }
+            AtomKey::Pods(Namespaces::Selected(namespaces), _) => self.of_selected.remove(namespaces, id),
+            AtomKey::Nodes(_) => {
+                self.of_nodes.remove(&id);
+            }
+            AtomKey::Block(_) => {
+                self.blocks.remove(&id);
             }
             AtomKey::Port(port) => {
                 if let Some((_, atoms)) = self.names.get_mut(&port.name) {
                     atoms.remove(&id);
                 }
             }
-            _ => {}
         }
     }
 
@@ -133,29 +149,27 @@ impl Atoms {
         self.names.get(name).into_iter().flat_map(|(_, atoms)| atoms.iter().copied())
     }
 
-    /// Atoms of selected namespaces that a namespace is one of.
-    pub(crate) fn of_namespace_labels(&self, labels: &Labels) -> Vec<AtomId> {
-        let matches = |id: &AtomId| match &*self.slab[*id].key {
-            AtomKey::Pods(Namespaces::Selected(selector), _) => selector.matches(labels),
-            _ => false,
-        };
-        self.of_selected.iter().copied().filter(matches).collect()
+    /// Atoms of selected namespaces that a namespace with these labels is one of, by the pods that they ask for.
+    pub(crate) fn of_namespace_labels(&self, labels: &Labels) -> Index {
+        let mut found = Index::default();
+        for id in self.of_selected.candidates(labels) {
+            if let AtomKey::Pods(Namespaces::Selected(namespaces), pods) = &*self.slab[id].key
+                && namespaces.matches(labels)
+            {
+                found.insert(pods, id);
+            }
+        }
+        found
     }
 
     /// Atoms that match a pod; `selected` are those that its namespace is one of.
-    pub(crate) fn of_pod(
-        &self,
-        namespace: &str,
-        selected: &[AtomId],
-        labels: &Labels,
-        out: &mut Vec<AtomId>,
-    ) {
-        let own = self.of_namespace.get(namespace).into_iter().flatten();
-        for id in own.chain(selected) {
-            if let AtomKey::Pods(_, pods) = &*self.slab[*id].key
+    pub(crate) fn of_pod(&self, namespace: &str, selected: &Index, labels: &Labels, out: &mut Vec<AtomId>) {
+        let own = self.of_namespace.get(namespace).into_iter().flat_map(|index| index.candidates(labels));
+        for id in own.chain(selected.candidates(labels)) {
+            if let AtomKey::Pods(_, pods) = &*self.slab[id].key
                 && pods.matches(labels)
             {
-                out.push(*id);
+                out.push(id);
             }
         }
     }
@@ -180,17 +194,5 @@ impl Atoms {
 
     pub(crate) fn len(&self) -> usize {
         self.slab.len()
-    }
-
-    fn list(&mut self, key: &AtomKey) -> Option<&mut BTreeSet<AtomId>> {
-        match key {
-            AtomKey::Pods(Namespaces::Named(name), _) => {
-                Some(self.of_namespace.entry(name.clone()).or_default())
-            }
-            AtomKey::Pods(Namespaces::Selected(_), _) => Some(&mut self.of_selected),
-            AtomKey::Nodes(_) => Some(&mut self.of_nodes),
-            AtomKey::Block(_) => Some(&mut self.blocks),
-            AtomKey::Port(_) => None,
-        }
     }
 }

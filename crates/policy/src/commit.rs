@@ -51,6 +51,7 @@ struct Step {
 
 impl Compiler {
     pub(crate) fn commit(&mut self) -> Vec<Change> {
+        self.touch_namespaces();
         let mut dirty = std::mem::take(&mut self.dirty);
         let mut step = Step::default();
         let old_sets = self.choose_sets(&mut dirty, &mut step);
@@ -114,16 +115,18 @@ impl Compiler {
             return Some(SetKey::default());
         }
         let namespace = self.world.namespaces.get(&pod.namespace)?;
-        let own = namespace.policies.values();
-        let selects = |id: &&u32| {
-            let Some(policy) = self.policies.get(**id) else { return false };
+        let own = namespace.selecting.candidates(&pod.labels);
+        let [by_pods, by_namespaces] = &self.cluster_selecting;
+        let cluster = by_pods.candidates(&pod.labels).chain(by_namespaces.candidates(&namespace.labels));
+        let selects = |id: &u32| {
+            let Some(policy) = self.policies.get(*id) else { return false };
             let in_namespace = match &policy.namespaces {
                 Namespaces::Named(_) => true,
                 Namespaces::Selected(selector) => selector.matches(&namespace.labels),
             };
             in_namespace && policy.pods.matches(&pod.labels)
         };
-        let mut policies: Vec<u32> = own.chain(self.cluster.values()).filter(selects).copied().collect();
+        let mut policies: Vec<u32> = own.chain(cluster).filter(selects).collect();
         policies.sort_by_key(|id| self.policies[*id].order());
         let mut ports = Vec::new();
         if !pod.ports.is_empty() {
@@ -214,9 +217,11 @@ impl Compiler {
                     AtomKey::Pods(Namespaces::Selected(selector), _) => selector.matches(&state.labels),
                     _ => false,
                 };
-                state.selected.extend(selected.iter().filter(matches));
-                state.selected.sort_unstable();
-                state.selected.dedup();
+                for id in selected.iter().filter(matches) {
+                    if let AtomKey::Pods(_, pods) = &**self.atoms.key(*id) {
+                        state.selected.insert(pods, *id);
+                    }
+                }
             }
         }
         let first = self.classes.of.is_empty();
@@ -535,7 +540,11 @@ impl Compiler {
             }
         }
         for state in self.world.namespaces.values_mut() {
-            state.selected.retain(|id| !dead.contains(id));
+            for id in &dead {
+                if let AtomKey::Pods(Namespaces::Selected(_), pods) = &**self.atoms.key(*id) {
+                    state.selected.remove(pods, *id);
+                }
+            }
         }
         // Classes that are left have the atoms in their keys until they go, right after this.
         step.dead_atoms = dead;

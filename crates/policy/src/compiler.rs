@@ -14,6 +14,7 @@ use crate::{
     atoms::{AtomId, Atoms},
     classes::Classes,
     ids::Slab,
+    index::Index,
     prefixes::PrefixMap,
     rules::Policy,
     sets::Sets,
@@ -78,7 +79,13 @@ pub(crate) struct Dirty {
     pub(crate) endpoints: BTreeSet<IpAddr>,
     /// Sets whose last endpoint may have gone with its pod.
     pub(crate) sets: BTreeSet<SetId>,
+    /// How many policies have come or gone, by the namespace whose pods they may select; `None` is any namespace. With
+    /// more than [`FEW`] all those pods are looked at, else the ones that were selected are in `pods`.
+    policies: HashMap<Option<String>, usize>,
 }
+
+/// Policies of one namespace whose pods are worth being looked for one policy at a time.
+const FEW: usize = 8;
 
 /// Objects compiled to one [`PolicyTable`]. The order of objects does not matter: whatever it was, the tables say the
 /// same, up to the numbers in them.
@@ -88,6 +95,8 @@ pub struct Compiler {
     pub(crate) world: World,
     pub(crate) policies: Slab<Policy>,
     pub(crate) cluster: BTreeMap<PolicyRef, u32>,
+    /// The same, by the pods that they select, or by the namespaces when they select all pods of those.
+    pub(crate) cluster_selecting: [Index; 2],
     pub(crate) atoms: Atoms,
     pub(crate) classes: Classes,
     pub(crate) sets: Sets,
@@ -335,21 +344,64 @@ impl Compiler {
         } else {
             self.namespace(&reference.namespace).policies.insert(reference.name.to_string(), id);
         }
+        self.index_policy(id, true);
         self.touch_subjects(id);
+    }
+
+    /// Enters a policy into the indexes of those that may select a pod, or takes it out.
+    fn index_policy(&mut self, id: u32, is_current: bool) {
+        let Some(policy) = self.policies.get(id) else { return };
+        let change = if is_current { Index::insert } else { Index::remove };
+        match &policy.namespaces {
+            Namespaces::Named(name) => {
+                if let Some(state) = self.world.namespaces.get_mut(name) {
+                    change(&mut state.selecting, &policy.pods, id);
+                }
+            }
+            Namespaces::Selected(_) if Index::has_key(&policy.pods) => {
+                change(&mut self.cluster_selecting[0], &policy.pods, id);
+            }
+            Namespaces::Selected(namespaces) => change(&mut self.cluster_selecting[1], namespaces, id),
+        }
     }
 
     /// The endpoints that a policy selects have to be looked at again.
     fn touch_subjects(&mut self, id: u32) {
         let Some(policy) = self.policies.get(id) else { return };
+        let namespace = match &policy.namespaces {
+            Namespaces::Named(name) => Some(name.clone()),
+            Namespaces::Selected(_) => None,
+        };
+        let count = self.dirty.policies.entry(namespace).or_default();
+        *count += 1;
+        if *count > FEW {
+            return;
+        }
         let subjects = self.subjects(policy).filter(|pod| self.is_endpoint(pod));
         let ids: Vec<u32> = subjects.filter_map(|pod| self.world.pod_id(&pod.namespace, &pod.name)).collect();
         self.dirty.pods.extend(ids);
+    }
+
+    /// The endpoints of namespaces in which many policies have come or gone.
+    pub(crate) fn touch_namespaces(&mut self) {
+        let many = std::mem::take(&mut self.dirty.policies).into_iter().filter(|(_, count)| *count > FEW);
+        for (namespace, _) in many {
+            let states: Vec<&NamespaceState> = match &namespace {
+                Some(name) => self.world.namespaces.get(name).into_iter().collect(),
+                None => self.world.namespaces.values().collect(),
+            };
+            let ids = states.into_iter().flat_map(|state| state.pods.values()).copied();
+            let of_endpoint = |id: &u32| self.world.pods.get(*id).is_some_and(|s| self.is_endpoint(&s.pod));
+            let ids: Vec<u32> = ids.filter(of_endpoint).collect();
+            self.dirty.pods.extend(ids);
+        }
     }
 
     /// A policy that is no longer, or no longer like this. Sets that have it stay until their endpoints have left.
     fn forget_policy(&mut self, id: Option<u32>) {
         let Some(id) = id else { return };
         self.touch_subjects(id);
+        self.index_policy(id, false);
         if self.policies.get(id).is_some_and(|policy| policy.sets == 0) {
             self.policies.remove(id);
         }

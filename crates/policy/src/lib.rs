@@ -12,6 +12,7 @@ mod compiler;
 mod explain;
 mod findings;
 mod ids;
+mod index;
 mod lanes;
 mod prefixes;
 mod reach;

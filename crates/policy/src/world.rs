@@ -7,7 +7,7 @@ use std::{
 
 use podway_model::{Labels, Namespace, NodePeer, Pod};
 
-use crate::{atoms::AtomId, ids::Slab, table::SetId};
+use crate::{ids::Slab, index::Index, table::SetId};
 
 #[derive(Debug)]
 pub(crate) struct PodState {
@@ -19,9 +19,11 @@ pub(crate) struct PodState {
 pub(crate) struct NamespaceState {
     pub(crate) labels: Labels,
     /// Atoms of pods of selected namespaces that this is one of.
-    pub(crate) selected: Vec<AtomId>,
+    pub(crate) selected: Index,
     pub(crate) pods: BTreeMap<String, u32>,
     pub(crate) policies: BTreeMap<String, u32>,
+    /// The same, by the pods that they select.
+    pub(crate) selecting: Index,
     pub(crate) is_known: bool,
 }
 
