@@ -1,7 +1,8 @@
 //! `podway bench policy`: what compiling network policies costs, in time and memory, against bounds.
 //!
 //! Clusters of 100 namespaces with pods of ten applications each; policies select one application and allow others in
-//! and out by label, by namespace, by named port and by range. Every run is a process of its own, which says how much
+//! and out by label, by namespace, by named port and by range. Or one namespace, in which every pod is an application of
+//! its own. Every run is a process of its own, which says how much
 //! memory it has come to need on top of the objects themselves.
 
 use std::fmt::Write as _;
@@ -45,8 +46,42 @@ pub struct Size {
     pub policies: usize,
     /// As the agent of one node in 101 sees it; else as the whole cluster's.
     pub node: bool,
-    /// All policies select one pod.
-    pub on_one_pod: bool,
+    /// How pods and policies are spread.
+    pub shape: Shape,
+}
+
+/// How pods and policies are spread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// Over many namespaces with few applications each.
+    Namespaces,
+    /// Over one namespace, each pod being an application of its own.
+    OneNamespace,
+    /// As the first, but all policies select one pod.
+    OnePod,
+}
+
+impl Shape {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Namespaces, Self::OneNamespace, Self::OnePod];
+
+    /// As the command line has it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Namespaces => "namespaces",
+            Self::OneNamespace => "one-namespace",
+            Self::OnePod => "one-pod",
+        }
+    }
+
+    /// Namespace and application of a pod.
+    fn place(self, i: usize) -> (usize, usize) {
+        match self {
+            Self::OneNamespace => (0, i),
+            _ => (i % NAMESPACES, i / NAMESPACES % APPLICATIONS),
+        }
+    }
 }
 
 /// What one process has measured.
@@ -79,7 +114,7 @@ pub fn run(options: Options, stop: &Stop, mut say: impl FnMut(&str)) -> anyhow::
     }
     let mut report = new_report("policy", Machine::of_now());
     report.options = json!({"runs": options.runs});
-    let cluster = |pods, policies| Size { pods, policies, node: false, on_one_pod: false };
+    let cluster = |pods, policies| Size { pods, policies, node: false, shape: Shape::Namespaces };
     let one_node = |pods, policies| Size { node: true, ..cluster(pods, policies) };
     for (size, name, compile_goal, memory_goal) in [
         (cluster(10_000, 10_000), "10,000 policies, 10,000 pods", Some(2.0), Some(100.0)),
@@ -87,7 +122,13 @@ pub fn run(options: Options, stop: &Stop, mut say: impl FnMut(&str)) -> anyhow::
         (cluster(10_000, 1_000), "1,000 policies, 10,000 pods", None, None),
         (one_node(10_000, 1_000), "1,000 policies, 10,000 pods, one node's view", None, None),
         (
-            Size { on_one_pod: true, ..cluster(1_000, 1_000) },
+            Size { shape: Shape::OneNamespace, ..cluster(10_000, 10_000) },
+            "10,000 policies, 10,000 pods, one namespace",
+            Some(2.0),
+            Some(100.0),
+        ),
+        (
+            Size { shape: Shape::OnePod, ..cluster(1_000, 1_000) },
             "1,000 policies on one pod of 1,000",
             None,
             None,
@@ -136,10 +177,8 @@ pub fn run(options: Options, stop: &Stop, mut say: impl FnMut(&str)) -> anyhow::
 fn apart(size: Size) -> anyhow::Result<Run> {
     let program = std::env::current_exe().context("find this program's file")?;
     let mut command = Command::new(program);
-    command.args(["bench", "compile", &size.pods.to_string(), &size.policies.to_string()]);
-    for (option, given) in [("--node", size.node), ("--on-one-pod", size.on_one_pod)] {
-        command.args(given.then_some(option));
-    }
+    command.args(["bench", "compile", &size.pods.to_string(), &size.policies.to_string(), size.shape.name()]);
+    command.args(size.node.then_some("--node"));
     let output = command.stderr(Stdio::inherit()).output().context("start a process to compile in")?;
     if !output.status.success() {
         bail!("compiling {} policies for {} pods: {}", size.policies, size.pods, output.status);
@@ -154,10 +193,10 @@ fn apart(size: Size) -> anyhow::Result<Run> {
 pub fn measure(size: Size) -> anyhow::Result<Run> {
     let mut updates: Vec<Update> = (0..NAMESPACES).map(namespace).collect();
     for i in 0..size.pods {
-        updates.push(Update::Pod(Pod::parse(&pod(i, i / NAMESPACES % APPLICATIONS))?));
+        updates.push(Update::Pod(Pod::parse(&pod(i, size.shape.place(i)))?));
     }
     for i in 0..size.policies {
-        let value = if size.on_one_pod { policy_for_one(i) } else { policy(i) };
+        let value = if size.shape == Shape::OnePod { policy_for_one(i) } else { policy(i, size.shape) };
         updates.push(Update::NetworkPolicy(NetworkPolicy::parse(&value)?));
     }
     // The peak starts anew (proc(5), clear_refs); where that is not allowed, it is that of the whole process.
@@ -174,10 +213,11 @@ pub fn measure(size: Size) -> anyhow::Result<Run> {
     let (mut change_ms, mut most_changes) = (Vec::with_capacity(CHANGES), 0);
     for round in 0..CHANGES / 2 {
         let i = round * 37 % size.pods;
-        let application = i / NAMESPACES % APPLICATIONS;
+        let (namespace, application) = size.shape.place(i);
+        let (_, other) = size.shape.place(i + if size.shape == Shape::OneNamespace { 1 } else { NAMESPACES });
         // Out to another application with a label of its own that nobody asks for, and back.
-        for (application, extra) in [((application + 1) % APPLICATIONS, Some(round)), (application, None)] {
-            let mut value = pod(i, application);
+        for (application, extra) in [(other, Some(round)), (application, None)] {
+            let mut value = pod(i, (namespace, application));
             if let Some(extra) = extra {
                 value["metadata"]["labels"]["build"] = extra.to_string().into();
             }
@@ -209,8 +249,9 @@ fn check(pods: usize, policies: usize) -> anyhow::Result<f64> {
         let value = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": format!("ns-{i}"), "labels": labels}});
         let _ = writeln!(text, "---\n{value}");
     }
-    let pods = (0..pods).map(|i| ("v1", "Pod", pod(i, i / NAMESPACES % APPLICATIONS)));
-    let policies = (0..policies).map(|i| ("networking.k8s.io/v1", "NetworkPolicy", policy(i)));
+    let pods = (0..pods).map(|i| ("v1", "Pod", pod(i, Shape::Namespaces.place(i))));
+    let policies =
+        (0..policies).map(|i| ("networking.k8s.io/v1", "NetworkPolicy", policy(i, Shape::Namespaces)));
     for (api_version, kind, mut value) in pods.chain(policies) {
         value["apiVersion"] = api_version.into();
         value["kind"] = kind.into();
@@ -234,19 +275,22 @@ fn namespace(i: usize) -> Update {
     Update::Namespace(Namespace::new(&format!("ns-{i}"), labels))
 }
 
-fn pod(i: usize, application: usize) -> Value {
+fn pod(i: usize, (namespace, application): (usize, usize)) -> Value {
     let labels = json!({"app": format!("app-{application}"), "pod-template-hash": format!("{i:x}")});
     json!({
-        "metadata": {"namespace": format!("ns-{}", i % NAMESPACES), "name": format!("pod-{i}"), "labels": labels},
+        "metadata": {"namespace": format!("ns-{namespace}"), "name": format!("pod-{i}"), "labels": labels},
         "spec": {"nodeName": format!("node-{}", i % NODES),
             "containers": [{"name": "c", "ports": [{"name": "http", "containerPort": 8080}]}]},
         "status": {"podIP": format!("10.{}.{}.{}", i >> 16, (i >> 8) & 255, i & 255)}})
 }
 
-fn policy(i: usize) -> Value {
-    let application = i / NAMESPACES % APPLICATIONS;
-    let other = |by: usize| format!("app-{}", (application + by) % APPLICATIONS);
-    json!({"metadata": {"namespace": format!("ns-{}", i % NAMESPACES), "name": format!("policy-{i}")}, "spec": {
+fn policy(i: usize, shape: Shape) -> Value {
+    let (namespace, application) = shape.place(i);
+    let other = |by: usize| match shape {
+        Shape::OneNamespace => format!("app-{}", application + by),
+        _ => format!("app-{}", (application + by) % APPLICATIONS),
+    };
+    json!({"metadata": {"namespace": format!("ns-{namespace}"), "name": format!("policy-{i}")}, "spec": {
         "podSelector": {"matchLabels": {"app": format!("app-{application}")}},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": [
@@ -283,9 +327,10 @@ mod tests {
 
     #[test]
     fn label_churn_leaves_no_class_behind() {
-        for (node, on_one_pod) in [(false, false), (true, false), (false, true)] {
-            let run =
-                measure(Size { pods: 500, policies: 200, node, on_one_pod }).expect("objects of this bench");
+        for (node, shape) in
+            Shape::ALL.into_iter().map(|shape| (false, shape)).chain([(true, Shape::Namespaces)])
+        {
+            let run = measure(Size { pods: 500, policies: 200, node, shape }).expect("objects of this bench");
             assert_eq!(run.class_growth, 0);
             assert_eq!(run.change_ms.len(), CHANGES);
             assert!(run.entries >= run.lists && run.lists > 0);

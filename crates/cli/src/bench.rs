@@ -162,10 +162,14 @@ pub(crate) struct Compile {
     pods: u16,
     #[arg(value_parser = clap::value_parser!(u16).range(1..=20_000))]
     policies: u16,
+    #[arg(value_parser = shape)]
+    shape: policy::Shape,
     #[arg(long)]
     node: bool,
-    #[arg(long)]
-    on_one_pod: bool,
+}
+
+fn shape(name: &str) -> Result<policy::Shape, String> {
+    policy::Shape::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| format!("{name:?} is no shape"))
 }
 
 #[derive(Debug, Args)]
@@ -249,8 +253,8 @@ pub(crate) fn run(command: Bench) -> anyhow::Result<u8> {
             args.save.as_deref().map_or(Ok(()), |dir| save(&report, dir))?;
             Ok(OK)
         }
-        Bench::Compile(Compile { pods, policies, node, on_one_pod }) => {
-            let size = policy::Size { pods: pods.into(), policies: policies.into(), node, on_one_pod };
+        Bench::Compile(Compile { pods, policies, shape, node }) => {
+            let size = policy::Size { pods: pods.into(), policies: policies.into(), node, shape };
             output::json(&policy::measure(size)?)?;
             Ok(OK)
         }
