@@ -122,10 +122,17 @@ pub fn run(options: Options, stop: &Stop, mut say: impl FnMut(&str)) -> anyhow::
         (cluster(10_000, 1_000), "1,000 policies, 10,000 pods", None, None),
         (one_node(10_000, 1_000), "1,000 policies, 10,000 pods, one node's view", None, None),
         (
-            Size { shape: Shape::OneNamespace, ..cluster(10_000, 10_000) },
-            "10,000 policies, 10,000 pods, one namespace",
+            Size { shape: Shape::OneNamespace, ..one_node(10_000, 10_000) },
+            "10,000 policies, 10,000 pods, all different, in one namespace, one node's view",
             Some(2.0),
             Some(100.0),
+        ),
+        (
+            // Rules for a whole namespace have an entry for each of its applications in each set.
+            Size { shape: Shape::OneNamespace, ..cluster(2_000, 2_000) },
+            "2,000 policies, 2,000 pods, all different, in one namespace",
+            None,
+            None,
         ),
         (
             Size { shape: Shape::OnePod, ..cluster(1_000, 1_000) },
