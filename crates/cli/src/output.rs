@@ -17,6 +17,33 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Prints an object as JSON that has a long list, an item on a line, and further fields. The list is written as it is
+/// made, so it may be longer than memory. A reader that has gone away is no error.
+pub(crate) fn json_with_list(
+    field: &str,
+    items: impl Iterator<Item = serde_json::Value>,
+    rest: &serde_json::Value,
+) -> anyhow::Result<()> {
+    let write = || -> io::Result<()> {
+        let mut out = io::BufWriter::with_capacity(1 << 16, io::stdout().lock());
+        write!(out, "{{{}: [", serde_json::Value::from(field))?;
+        for (i, item) in items.enumerate() {
+            out.write_all(if i > 0 { b",\n" } else { b"\n" })?;
+            serde_json::to_writer(&mut out, &item)?;
+        }
+        out.write_all(b"]")?;
+        for (field, value) in rest.as_object().into_iter().flatten() {
+            write!(out, ",\n{}: {value}", serde_json::Value::from(field.as_str()))?;
+        }
+        out.write_all(b"}\n")?;
+        out.flush()
+    };
+    match write() {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
 /// An error and its causes. Most errors name their cause themselves: what has been said is not said again.
 pub(crate) fn told(error: &anyhow::Error) -> String {
     let mut text = error.to_string();

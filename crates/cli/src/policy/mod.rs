@@ -6,6 +6,7 @@ mod picture;
 mod source;
 mod verify;
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -211,11 +212,14 @@ fn side_json(side: &Side) -> Value {
     })
 }
 
+/// Source, target, the addresses by which they are judged, and what holds between them.
+type Pair<'a> = (&'a Group, &'a Group, (IpAddr, IpAddr), std::sync::Arc<[Piece]>);
+
 fn check(args: &Check) -> anyhow::Result<u8> {
     let cluster = cluster_of(&args.manifests, &args.live)?;
     tell(&cluster);
     let mut reach = Reachability::new(&cluster.compiler);
-    let (mut pairs, mut counts) = (Vec::new(), [0_usize; 3]);
+    let (mut pairs, mut counts): (Vec<Pair<'_>>, _) = (Vec::new(), [0_usize; 3]);
     for source in &cluster.groups {
         for target in &cluster.groups {
             let Some(addresses) = source.to(target) else { continue };
@@ -232,17 +236,14 @@ fn check(args: &Check) -> anyhow::Result<u8> {
     }
     match args.format.output {
         OutputFormat::Json => {
-            let pair_json =
-                |(source, target, addresses, pieces): &(&Group, &Group, _, std::sync::Arc<[Piece]>)| {
-                    let why = reason(&cluster, target, *addresses, pieces);
-                    json!({"source": source.name, "target": target.name, "allowed": allowed(pieces).1,
+            let pair = |(source, target, addresses, pieces): &Pair<'_>| {
+                let why = reason(&cluster, target, *addresses, pieces);
+                json!({"source": source.name, "target": target.name, "allowed": allowed(pieces).1,
                     "egress": side_json(&why.egress), "ingress": side_json(&why.ingress)})
-                };
-            output::json(&json!({
-                "pairs": pairs.iter().map(pair_json).collect::<Vec<_>>(),
-                "everything": counts[0], "something": counts[1], "nothing": counts[2],
-                "refused": cluster.problems, "notes": cluster.notes,
-            }))?;
+            };
+            let rest = json!({"everything": counts[0], "something": counts[1], "nothing": counts[2],
+                "refused": cluster.problems, "notes": cluster.notes});
+            output::json_with_list("pairs", pairs.iter().map(pair), &rest)?;
         }
         OutputFormat::Text => {
             let mut rows = vec![["SOURCE", "TARGET", "ALLOWED", "BY"].map(str::to_owned).to_vec()];
@@ -402,19 +403,22 @@ fn diff(args: &Diff) -> anyhow::Result<u8> {
     tell(&new);
     let (mut reach_old, mut reach_new) = (Reachability::new(&old.compiler), Reachability::new(&new.compiler));
     let mut rows = Vec::new();
-    for source in &new.groups {
-        let Some(old_source) = old.groups.iter().find(|g| g.name == source.name) else { continue };
-        for target in &new.groups {
-            let Some(old_target) = old.groups.iter().find(|g| g.name == target.name) else { continue };
+    let by_name: HashMap<&str, &Group> =
+        old.groups.iter().map(|group| (group.name.as_str(), group)).collect();
+    let both = |group: &'_ &Group| by_name.contains_key(group.name.as_str());
+    for source in new.groups.iter().filter(both) {
+        let old_source = by_name[source.name.as_str()];
+        for target in new.groups.iter().filter(both) {
+            let old_target = by_name[target.name.as_str()];
             let (Some(before), Some(after)) = (old_source.to(old_target), source.to(target)) else {
                 continue;
             };
             let was = reach_old.between(before.0, before.1);
             let is = reach_new.between(after.0, after.1);
-            let (was_text, is_text) = (allowed(&was).1, allowed(&is).1);
-            if was_text == is_text {
+            if covers(&is, &was) && covers(&was, &is) {
                 continue;
             }
+            let (was_text, is_text) = (allowed(&was).1, allowed(&is).1);
             let kind = match (covers(&is, &was), covers(&was, &is)) {
                 (true, _) => "opens",
                 (_, true) => "closes",
@@ -430,10 +434,10 @@ fn diff(args: &Diff) -> anyhow::Result<u8> {
             ));
         }
     }
-    let names = |cluster: &Cluster| cluster.groups.iter().map(|g| g.name.clone()).collect::<Vec<_>>();
+    let names = |cluster: &Cluster| cluster.groups.iter().map(|g| g.name.clone()).collect::<BTreeSet<_>>();
     let (old_names, new_names) = (names(&old), names(&new));
-    let added: Vec<&String> = new_names.iter().filter(|n| !old_names.contains(n)).collect();
-    let removed: Vec<&String> = old_names.iter().filter(|n| !new_names.contains(n)).collect();
+    let added: Vec<&String> = new_names.difference(&old_names).collect();
+    let removed: Vec<&String> = old_names.difference(&new_names).collect();
     match args.format.output {
         OutputFormat::Json => {
             let refused = [old.problems, new.problems].concat();

@@ -476,7 +476,8 @@ mod tests {
         let both = json!([{"protocol": "TCP", "port": 53}, {"protocol": "UDP", "port": 53}]);
         assert!(web["egress"].as_array().unwrap().iter().any(|rule| rule["ports"] == both), "{web}");
         // The probe by the pod's own node needs no rule, that by another one does.
-        let blocks: Vec<String> = web["ingress"].as_array().unwrap().iter().map(ToString::to_string).collect();
+        let blocks: Vec<String> =
+            web["ingress"].as_array().unwrap().iter().map(ToString::to_string).collect();
         assert!(blocks.iter().any(|b| b.contains("192.0.2.2/32") && b.contains("9090")), "{blocks:?}");
         assert!(!blocks.iter().any(|b| b.contains("192.0.2.1/32")), "{blocks:?}");
     }
