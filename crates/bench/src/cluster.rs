@@ -51,6 +51,8 @@ impl Cluster {
             vxlan_port: 8472,
             vxlan_vni: 1,
             service_mode: ServiceMode::Ebpf,
+            masquerade_all: false,
+            ipvs_scheduler: None,
             load_balancer_pool: Vec::new(),
         };
         if up::ensure(&spec, |_| {})? == Made::Running {

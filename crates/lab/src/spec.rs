@@ -290,6 +290,12 @@ pub struct LabSpec {
     /// By what mechanism Services are served.
     #[serde(default)]
     pub service_mode: ServiceMode,
+    /// Give what goes to cluster IPs the node's address, also when a pod sends it.
+    #[serde(default)]
+    pub masquerade_all: bool,
+    /// Name of how IPVS chooses among endpoints, as the agent takes it; its default when absent.
+    #[serde(default)]
+    pub ipvs_scheduler: Option<String>,
     /// Addresses for Services of type LoadBalancer; empty is a range of the underlay of each family.
     #[serde(default)]
     pub load_balancer_pool: Vec<IpNet>,
@@ -342,6 +348,22 @@ impl LabSpec {
                 return bad("--vxlan-port", format!("{} is the port of the agents' health", self.vxlan_port));
             }
             _ => {}
+        }
+        if let Some(name) = &self.ipvs_scheduler
+            && self.service_mode != ServiceMode::Ipvs
+        {
+            let text = format!(
+                "{name} is how IPVS chooses, but services are served by {}; leave it out, or add --service-mode ipvs",
+                self.service_mode.as_str()
+            );
+            return bad("--ipvs-scheduler", text);
+        }
+        if self.masquerade_all && matches!(self.service_mode, ServiceMode::Ebpf | ServiceMode::None) {
+            let text = format!(
+                "{} cannot do it; leave it out, or add --service-mode nftables, iptables or ipvs",
+                self.service_mode.as_str()
+            );
+            return bad("--masquerade-all", text);
         }
         for net in &self.load_balancer_pool {
             let inside = |n: &IpNet| n.contains(net) || net.contains(n);
@@ -559,6 +581,8 @@ mod tests {
             vxlan_port: 8472,
             vxlan_vni: 1,
             service_mode: ServiceMode::Ebpf,
+            masquerade_all: false,
+            ipvs_scheduler: None,
             load_balancer_pool: Vec::new(),
         }
     }
@@ -640,6 +664,8 @@ mod tests {
         assert_eq!(pool("172.18.9.0/24").validate(), Ok(()));
         for (change, option) in [
             (LabSpec { nodes: 0, ..spec() }, "--nodes"),
+            (LabSpec { ipvs_scheduler: Some("lc".into()), ..spec() }, "--ipvs-scheduler"),
+            (LabSpec { masquerade_all: true, ..spec() }, "--masquerade-all"),
             (LabSpec { nodes: 201, ..spec() }, "--nodes"),
             (LabSpec { zones: 4, ..spec() }, "--zones"),
             (LabSpec { underlay_mtu: 1000, ..spec() }, "--underlay-mtu"),

@@ -33,6 +33,8 @@ fn spec(name: &str) -> LabSpec {
         vxlan_port: 8472,
         vxlan_vni: 1,
         service_mode: ServiceMode::Ebpf,
+        masquerade_all: false,
+        ipvs_scheduler: None,
         load_balancer_pool: Vec::new(),
     }
 }

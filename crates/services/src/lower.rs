@@ -24,6 +24,8 @@ use crate::{
 pub enum NotHandled {
     /// Its label leaves it to another proxy.
     OtherProxy(String),
+    /// Its label says that proxies pass it over, though it may have a cluster IP.
+    LabelledHeadless,
     /// It is a name only.
     ExternalName,
     /// It has no address of its own.
@@ -40,6 +42,9 @@ impl fmt::Display for NotHandled {
             NotHandled::OtherProxy(name) => {
                 write!(f, "left to the proxy {name:?} by its label service.kubernetes.io/service-proxy-name")
             }
+            NotHandled::LabelledHeadless => {
+                f.write_str("left alone for its label service.kubernetes.io/headless")
+            }
             NotHandled::ExternalName => f.write_str("type ExternalName: a name only"),
             NotHandled::Headless => f.write_str("headless: its clients connect to the endpoints themselves"),
             NotHandled::NoClusterIp => f.write_str("has no cluster IP yet"),
@@ -53,6 +58,8 @@ pub(crate) fn handled(service: Option<&Service>) -> Result<&Service, NotHandled>
     let service = service.ok_or(NotHandled::Unknown)?;
     if let Some(proxy) = &service.proxy_name {
         Err(NotHandled::OtherProxy(proxy.clone()))
+    } else if service.labelled_headless {
+        Err(NotHandled::LabelledHeadless)
     } else if service.service_type == Some(ServiceType::ExternalName) {
         Err(NotHandled::ExternalName)
     } else if service.headless {

@@ -76,8 +76,10 @@ pub struct ServicesConfig {
     pub service_cidrs: Vec<IpNet>,
     /// Which of the node's addresses serve node ports; empty is all but loopback and link-local ones.
     pub node_port_addresses: Vec<IpNet>,
-    /// How IPVS chooses among endpoints.
-    pub ipvs_scheduler: Scheduler,
+    /// Give what goes to cluster IPs the node's address, also when a pod sends it.
+    pub masquerade_all: bool,
+    /// How IPVS chooses among endpoints; none is the default of [`Scheduler`].
+    pub ipvs_scheduler: Option<Scheduler>,
     /// Root of the processes whose sockets are translated (eBPF); none is that of all.
     pub cgroup: Option<PathBuf>,
     /// Load balancer addresses to give, besides those of `LoadBalancerPool` objects.
@@ -90,7 +92,8 @@ impl Default for ServicesConfig {
             mode: ServiceMode::Ebpf,
             service_cidrs: Vec::new(),
             node_port_addresses: Vec::new(),
-            ipvs_scheduler: Scheduler::default(),
+            masquerade_all: false,
+            ipvs_scheduler: None,
             cgroup: None,
             load_balancer_pool: Vec::new(),
         }
@@ -107,6 +110,26 @@ impl ServicesConfig {
     /// The first setting that cannot be.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let bad = |field, cause: String| Err(ConfigError { field, cause });
+        if let Some(scheduler) = &self.ipvs_scheduler
+            && self.mode != ServiceMode::Ipvs
+        {
+            let cause = format!(
+                "{} is how IPVS chooses, but services are served by {}; leave it out, or choose --service-mode ipvs",
+                scheduler.name(),
+                self.mode
+            );
+            return bad("ipvs-scheduler", cause);
+        }
+        if self.masquerade_all && !self.mode.is_translated_by_the_stack() {
+            let cause = match self.mode {
+                ServiceMode::Ebpf => {
+                    "ebpf cannot do it: sockets of pods are connected to the endpoints themselves; leave it out, or \
+                     choose --service-mode nftables, iptables or ipvs"
+                }
+                _ => "services are not served by Podway; leave it out, or choose another --service-mode",
+            };
+            return bad("masquerade-all", cause.to_owned());
+        }
         for cidr in &self.service_cidrs {
             if let Some(cause) = unusable(*cidr) {
                 return bad("service-cidr", cause);
@@ -160,7 +183,16 @@ mod tests {
     fn each_bad_setting_is_named() {
         assert_eq!(ServicesConfig::default().validate(), Ok(()));
         type Case = (fn(&mut ServicesConfig), &'static str);
-        let cases: [Case; 4] = [
+        let cases: [Case; 7] = [
+            (|c| c.ipvs_scheduler = Some(Scheduler::default()), "ipvs-scheduler"),
+            (|c| c.masquerade_all = true, "masquerade-all"),
+            (
+                |c| {
+                    c.mode = ServiceMode::None;
+                    c.masquerade_all = true;
+                },
+                "masquerade-all",
+            ),
             (|c| c.service_cidrs = vec!["10.96.0.1/16".parse().unwrap()], "service-cidr"),
             (|c| c.service_cidrs = vec!["::/0".parse().unwrap()], "service-cidr"),
             (|c| c.load_balancer_pool = vec!["224.0.0.0/8".parse().unwrap()], "load-balancer-pool"),
@@ -177,5 +209,12 @@ mod tests {
             change(&mut config);
             assert_eq!(config.validate().unwrap_err().field, field);
         }
+        let by_ipvs = ServicesConfig {
+            mode: ServiceMode::Ipvs,
+            masquerade_all: true,
+            ipvs_scheduler: Some(Scheduler::MAGLEV),
+            ..ServicesConfig::default()
+        };
+        assert_eq!(by_ipvs.validate(), Ok(()));
     }
 }

@@ -33,9 +33,9 @@ impl Mechanisms {
             ServiceMode::Ebpf => Some(self.ebpf()?),
             ServiceMode::Nftables => Some(Box::new(Rules::new(NftWriter::new()))),
             ServiceMode::Iptables => Some(Box::new(Rules::new(IptablesWriter::new(Kind::in_use()?)))),
-            ServiceMode::Ipvs => {
-                Some(Box::new(Rules::new(IpvsWriter::new(self.config.ipvs_scheduler.clone()))))
-            }
+            ServiceMode::Ipvs => Some(Box::new(Rules::new(IpvsWriter::new(
+                self.config.ipvs_scheduler.clone().unwrap_or_default(),
+            )))),
             ServiceMode::None => None,
         })
     }

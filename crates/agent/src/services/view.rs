@@ -46,7 +46,7 @@ pub(super) fn view(from: &Sources<'_>) -> Option<NodeView> {
         pod_cidrs: IpNet::aggregate(&pods),
         service_cidrs: from.config.service_cidrs.clone(),
         load_balancer_pools: from.pools.to_vec(),
-        masquerade_all: false,
+        masquerade_all: from.config.masquerade_all,
     })
 }
 

@@ -91,6 +91,12 @@ fn start(spec: &LabSpec, node: &NodeContext) -> anyhow::Result<Child> {
         .args(["--log-format", "text"]);
     // Sockets of this node's processes, and of no others on this machine.
     command.args(["--service-mode", spec.service_mode.as_str()]).arg("--cgroup").arg(node.cgroup.path());
+    if spec.masquerade_all {
+        command.arg("--masquerade-all");
+    }
+    if let Some(scheduler) = &spec.ipvs_scheduler {
+        command.args(["--ipvs-scheduler", scheduler]);
+    }
     for range in spec.service_cidrs() {
         command.args(["--service-cidr", &range.to_string()]);
     }

@@ -148,6 +148,8 @@ mod tests {
                 vxlan_port: 8472,
                 vxlan_vni: 1,
                 service_mode: ServiceMode::Ebpf,
+                masquerade_all: false,
+                ipvs_scheduler: None,
                 load_balancer_pool: Vec::new(),
             };
             let store = Store::new(StoreConfig::default());
