@@ -57,6 +57,7 @@ fn bad_options_are_refused_by_name_before_anything_is_made() {
         (&["net", "--baseline", "/nonexistent.json"], "--baseline /nonexistent.json"),
         (&["flows", "--rate", "10"], "--rate: 10 is not 1000 to"),
         (&["flows", "--milliseconds", "5"], "--milliseconds: 5 is not 100 to"),
+        (&["policy", "--runs", "0"], "--runs: 0 is not 1 to"),
         (&["cni", "--operations", "0"], "--operations: 0 is not 1 to"),
         (&["cni", "--concurrent", "1000"], "--concurrent: 1000 is not 1 to"),
     ] {

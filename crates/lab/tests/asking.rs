@@ -73,6 +73,12 @@ fn what_arrives_is_told_from_what_is_dropped() {
         });
         expected.push(Heard::Failed { cause: String::new() });
     }
+    questions.push(Question {
+        netns: "pwt-pcl-no-such".into(),
+        target: "192.0.2.2".parse().expect("address"),
+        way: Way::Icmp,
+    });
+    expected.push(Heard::Failed { cause: String::new() });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
     let heard = runtime.block_on(ask(&questions)).expect("asked");
     for ((question, heard), expected) in questions.iter().zip(&heard).zip(&expected) {
@@ -83,4 +89,6 @@ fn what_arrives_is_told_from_what_is_dropped() {
         };
         assert!(same, "{question:?}: {heard:?}, not {expected:?}");
     }
+    let Some(Heard::Failed { cause }) = heard.last() else { panic!("{heard:?}") };
+    assert!(cause.starts_with("cannot be entered: "), "{cause}");
 }

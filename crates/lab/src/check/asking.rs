@@ -67,7 +67,7 @@ pub enum Heard {
 /// Asks all questions, many at a time; the answers are in their order.
 ///
 /// # Errors
-/// When a namespace cannot be entered or a socket cannot be made, which says nothing about the network.
+/// When a socket cannot be made, which says nothing about the network.
 pub async fn ask(questions: &[Question]) -> anyhow::Result<Vec<Heard>> {
     raise_descriptor_limit();
     let mut by_source: BTreeMap<&str, Vec<(usize, Question)>> = BTreeMap::new();
@@ -82,6 +82,14 @@ pub async fn ask(questions: &[Question]) -> anyhow::Result<Vec<Heard>> {
             let (netns, part, turns) = (netns.to_owned(), part.to_vec(), turns.clone());
             sources.spawn(async move {
                 let _turn = turns.acquire_owned().await.context("the asking ends")?;
+                // A pod may have gone since the question was thought of.
+                if let Err(error) = Netns::open_named(&netns) {
+                    let cause = format!("cannot be entered: {error}");
+                    return Ok(part
+                        .into_iter()
+                        .map(|(i, _)| (i, Heard::Failed { cause: cause.clone() }))
+                        .collect());
+                }
                 from(&netns, part).await.with_context(|| format!("ask in {netns}"))
             });
         }
