@@ -14,12 +14,14 @@ pub enum Hook {
     FromTunnel = 3,
     /// The tunnel device, egress: what the host's stack and `FromPod` send to other nodes.
     ToTunnel = 4,
+    /// The node's underlay device, egress: what the node's own stack sends.
+    ToUplink = 5,
 }
 
 impl Hook {
     /// Every hook, in the order of its number.
-    pub const ALL: [Hook; 5] =
-        [Hook::FromPod, Hook::ToPod, Hook::FromUplink, Hook::FromTunnel, Hook::ToTunnel];
+    pub const ALL: [Hook; 6] =
+        [Hook::FromPod, Hook::ToPod, Hook::FromUplink, Hook::FromTunnel, Hook::ToTunnel, Hook::ToUplink];
 
     /// The name used in metrics and program pins.
     pub const fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Hook {
             Hook::FromUplink => "from_uplink",
             Hook::FromTunnel => "from_tunnel",
             Hook::ToTunnel => "to_tunnel",
+            Hook::ToUplink => "to_uplink",
         }
     }
 }

@@ -54,11 +54,13 @@ impl AttachMethod {
 }
 
 impl Datapath {
-    /// Attaches to the underlay device, or replaces the program there.
+    /// Attaches to both directions of the underlay device, or replaces the programs there.
     ///
     /// # Errors
     /// [`Error::Attach`] when the device is gone or the kernel refuses.
     pub fn attach_uplink(&self, ifindex: u32) -> Result<()> {
+        // Answers have to be met before the first question comes.
+        self.attach(ifindex, Hook::ToUplink)?;
         self.attach(ifindex, Hook::FromUplink).map(drop)
     }
 
@@ -95,7 +97,8 @@ impl Datapath {
     /// # Errors
     /// When it is attached and cannot be detached.
     pub fn detach_uplink(&self, ifindex: u32) -> Result<()> {
-        self.detach(ifindex, Hook::FromUplink)
+        self.detach(ifindex, Hook::FromUplink)?;
+        self.detach(ifindex, Hook::ToUplink)
     }
 
     /// Removes the programs from the tunnel device, and their pins when the device is gone already.
@@ -114,7 +117,7 @@ impl Datapath {
     /// # Errors
     /// When the pinned objects cannot be read for another reason than that they are not there.
     pub fn intact(&self, uplink: u32, tunnel: Option<u32>) -> Result<bool> {
-        let mut hooks = vec![(uplink, Hook::FromUplink)];
+        let mut hooks = vec![(uplink, Hook::FromUplink), (uplink, Hook::ToUplink)];
         hooks.extend(tunnel.into_iter().flat_map(|t| [(t, Hook::FromTunnel), (t, Hook::ToTunnel)]));
         let pinned = hooks
             .iter()
@@ -152,7 +155,7 @@ impl Datapath {
     const fn method(&self, hook: Hook) -> AttachMethod {
         match hook {
             Hook::FromPod | Hook::ToPod => AttachMethod::Clsact,
-            Hook::FromUplink | Hook::FromTunnel | Hook::ToTunnel => self.method,
+            Hook::FromUplink | Hook::FromTunnel | Hook::ToTunnel | Hook::ToUplink => self.method,
         }
     }
 
@@ -164,7 +167,7 @@ impl Datapath {
 const fn direction(hook: Hook) -> TcAttachType {
     match hook {
         Hook::FromPod | Hook::FromUplink | Hook::FromTunnel => TcAttachType::Ingress,
-        Hook::ToPod | Hook::ToTunnel => TcAttachType::Egress,
+        Hook::ToPod | Hook::ToTunnel | Hook::ToUplink => TcAttachType::Egress,
     }
 }
 

@@ -61,6 +61,12 @@ const NODE_PORTS: [u16; 3] = [30_080, 30_081, 30_082];
 /// Node port to the first pod, the source kept.
 const NODE_PORT_LOCAL: u16 = 30_090;
 const NODE_PORT_NOBODY: u16 = 30_091;
+/// Node ports to a process on each node, with the node's address as source; and to one on the first node, the source
+/// kept.
+const NODE_PORTS_ON_NODES: [u16; 2] = [30_095, 30_096];
+const NODE_PORT_ON_NODE_LOCAL: u16 = 30_097;
+/// To a port of the first node where nobody listens.
+const NODE_PORT_CLOSED: u16 = 30_098;
 
 struct Node {
     namespace: Netns,
@@ -470,6 +476,9 @@ fn of_protocol(node: usize, family: usize, protocol: Protocol, all: &mut Vec<Tab
         service(5 + i, [backend].into())
     });
     let closed = service(4, backends(family, node, &[1], TARGET + 1000));
+    let nobody_there =
+        Backend { addr: addr(NODES[0][family]), port: TARGET + 1000, local: node == 0, terminating: false };
+    let closed_on_node = service(7, [nobody_there].into());
     let mut frontend = |at, port, service, kind, routes| {
         let key = FrontendKey { addr: at, port, protocol };
         all.push(TableChange::Frontend(
@@ -488,6 +497,11 @@ fn of_protocol(node: usize, family: usize, protocol: Protocol, all: &mut Vec<Tab
     for (port, service) in ON_NODES.into_iter().zip(on_nodes) {
         frontend(vip, port, service, kind, routed(CLUSTER, false));
     }
+    for (port, service) in NODE_PORTS_ON_NODES.into_iter().zip(on_nodes) {
+        frontend(any, port, service, FrontendKind::NodePort, routed(CLUSTER, true));
+    }
+    frontend(any, NODE_PORT_ON_NODE_LOCAL, on_nodes[0], FrontendKind::NodePort, routed(CLUSTER, false));
+    frontend(any, NODE_PORT_CLOSED, closed_on_node, FrontendKind::NodePort, routed(CLUSTER, true));
     frontend(vip, ALL, every, kind, routed(CLUSTER, false));
     frontend(vip, NOBODY, every, kind, routed(Target::Reject, false));
     frontend(vip, SILENCE, every, kind, routed(Target::Drop, false));
@@ -621,6 +635,44 @@ fn from_outside(world: &World, family: usize) {
     }
     let kept = to(NODES[0][family], NODE_PORT_LOCAL);
     expect(world, "the source is kept", outside(&|| tcp(kept)), (1, addr(CLIENT[family])));
+    // A node itself as backend: here it sees the client, elsewhere the node that the client asked.
+    for (i, port) in NODE_PORTS_ON_NODES.into_iter().enumerate() {
+        let node_port = to(NODES[0][family], port);
+        let what = format!("client to node {} by {node_port}", i + 1);
+        let seen = if i == 0 { CLIENT[family] } else { NODES[0][family] };
+        let wanted = (NODE_NUMBER + i, addr(seen));
+        expect(world, &format!("TCP {what}"), outside(&|| tcp(node_port)), wanted);
+        expect(world, &format!("UDP {what}"), outside(&|| ask(&connected(node_port), 10)), wanted);
+        expect(world, &format!("fragments {what}"), outside(&|| ask(&connected(node_port), 5000)), wanted);
+    }
+    let kept = to(NODES[0][family], NODE_PORT_ON_NODE_LOCAL);
+    let wanted = (NODE_NUMBER, addr(CLIENT[family]));
+    expect(world, "the source is kept, to the node", outside(&|| tcp(kept)), wanted);
+    // Sockets of another node are clients as well, and its pods.
+    let from_node = |f: &(dyn Fn() -> io::Result<Answer> + Sync)| world.nodes[1].namespace.run(f).unwrap();
+    let node_port = to(NODES[0][family], NODE_PORTS_ON_NODES[0]);
+    let wanted = (NODE_NUMBER, addr(NODES[1][family]));
+    expect(world, "node to node by node port", from_node(&|| tcp(node_port)), wanted);
+    let wanted = (1, addr(NODES[0][family]));
+    let node_port = to(NODES[0][family], NODE_PORTS[0]);
+    expect(world, "node to pod by another's node port", from_node(&|| tcp(node_port)), wanted);
+    let node_port = to(NODES[0][family], NODE_PORTS_ON_NODES[1]);
+    let wanted = (NODE_NUMBER + 1, addr(NODES[0][family]));
+    expect(world, "node to itself by another's node port", from_node(&|| tcp(node_port)), wanted);
+    for port in NODE_PORTS_ON_NODES {
+        let node_port = to(NODES[0][family], port);
+        for pod in [0, 2] {
+            let what = format!("pod {} by {node_port}", pod + 1);
+            let got = world.pod(pod, || tcp(node_port)).map(|answer| answer.0);
+            let wanted = NODE_NUMBER + usize::from(port - NODE_PORTS_ON_NODES[0]);
+            expect(world, &what, got, wanted);
+        }
+    }
+    let closed = to(NODES[0][family], NODE_PORT_CLOSED);
+    for got in [outside(&|| tcp(closed)), outside(&|| ask(&connected(closed), 10))] {
+        let kind = got.as_ref().map_err(io::Error::kind).err();
+        assert_eq!(kind, Some(io::ErrorKind::ConnectionRefused), "{closed}: {got:?}; {}", world.counted());
+    }
     let external = to(EXTERNAL[family], ALL);
     let answered: HashSet<usize> = (0..40).map(|_| outside(&|| tcp(external)).unwrap().0).collect();
     assert_eq!(answered.len(), 3, "every backend is chosen by hash");

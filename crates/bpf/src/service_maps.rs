@@ -62,6 +62,10 @@ static SOCKETS: LruHashMap<SocketKey, SocketPeer> = LruHashMap::pinned(MAX_SOCKE
 #[map]
 static TRANSLATIONS: LruHashMap<CtKey, Translation> = LruHashMap::pinned(MAX_TRANSLATIONS, 0);
 
+/// Not 0 once the node itself was a backend of somebody beyond it.
+#[map]
+static NODE_SERVES: Array<u32> = Array::pinned(1, 0);
+
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::pinned(MAX_FRAGMENTS, 0);
 
@@ -149,6 +153,11 @@ impl ServiceHost for Maps {
     }
 
     #[inline(always)]
+    fn node_serves(&self) -> bool {
+        NODE_SERVES.get(0).is_some_and(|serves| *serves != 0)
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
         // SAFETY: as in `translation`.
         unsafe { FRAGMENTS.get(key) }.copied()
@@ -199,6 +208,9 @@ pub fn settle(scratch: &Scratch) {
         let _ = TRANSLATIONS.insert(&scratch.back.key, &scratch.back.value, 0);
         let _ = TRANSLATIONS.insert(&scratch.forward.key, &scratch.forward.value, 0);
         count_connection(scratch.choice.service, true);
+        if scratch.node_serves {
+            let _ = NODE_SERVES.set(0, 1, 0);
+        }
     }
     if scratch.new_fragment {
         let _ = FRAGMENTS.insert(&scratch.fragment, &scratch.fragment_ports, 0);

@@ -38,6 +38,8 @@ pub struct HostServices {
     pub fragments: RefCell<HashMap<FragmentKey, FragmentPorts>>,
     /// What replaces a masqueraded source: IPv4, IPv6.
     pub masquerade: [Addr; 2],
+    /// Whether the node itself was a backend of somebody beyond it.
+    pub node_serves: std::cell::Cell<bool>,
     /// What comes for a random number, one after the other.
     pub random: RefCell<u32>,
 }
@@ -65,6 +67,7 @@ impl HostServices {
             let mut translations = self.translations.borrow_mut();
             translations.insert(scratch.forward.key, scratch.forward.value);
             translations.insert(scratch.back.key, scratch.back.value);
+            self.node_serves.set(self.node_serves.get() || scratch.node_serves);
         }
         if scratch.choice.remember {
             let (key, value) = scratch.choice.affinity(&scratch.query);
@@ -140,6 +143,10 @@ impl ServiceHost for HostServices {
 
     fn masquerade(&self, v4: bool) -> Addr {
         self.masquerade[usize::from(!v4)]
+    }
+
+    fn node_serves(&self) -> bool {
+        self.node_serves.get()
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {

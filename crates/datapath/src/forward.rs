@@ -196,6 +196,25 @@ pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scrat
     }
 }
 
+/// What leaves on the underlay device: answers of a backend that is the node itself are translated back. Nothing else
+/// is touched, nor looked at while there is no such backend.
+#[inline(always)]
+pub fn to_uplink(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scratch: &mut Scratch) -> Action {
+    let sent = Action::pass(Reason::Routed);
+    if env.is_decided() || !tables.node_serves() {
+        return sent;
+    }
+    if packet::parse(bytes, &mut scratch.packet).is_err() || matches!(scratch.packet.kind, Kind::Arp) {
+        return sent;
+    }
+    complete(bytes, tables, scratch);
+    let observation = track::arrive(tables, env, scratch);
+    if answer(bytes, tables, &observation, scratch) {
+        track::track(tables, &observation, Found::Flow, scratch);
+    }
+    sent
+}
+
 /// Gives fragments their ports.
 #[inline(always)]
 fn complete(bytes: &impl Bytes, tables: &impl Tables, scratch: &mut Scratch) {
@@ -249,12 +268,18 @@ fn serve(
 }
 
 /// Translates what the node's stack sends: answers only, since its own sockets are translated before there is a packet.
+/// Says whether it was one.
 #[inline(always)]
-fn answer(bytes: &impl Bytes, tables: &impl Tables, observation: &Observation, scratch: &mut Scratch) {
+fn answer(
+    bytes: &impl Bytes,
+    tables: &impl Tables,
+    observation: &Observation,
+    scratch: &mut Scratch,
+) -> bool {
     if scratch.packet.has(flags::PORTS) {
-        service::translate_back(tables, scratch, observation.from_b);
+        service::translate_back(tables, scratch, observation.from_b)
     } else {
-        service::translate_error(bytes, tables, scratch);
+        service::translate_error(bytes, tables, scratch)
     }
 }
 
@@ -301,6 +326,8 @@ fn route_onward(config: &NodeConfig, tables: &impl Tables, scratch: &mut Scratch
     } else {
         scratch.route.way = match tables.peer(&scratch.packet.dst) {
             Some(peer) if peer.flags & peer_flags::LOCAL != 0 => way::STACK,
+            // What is between two nodes' own addresses, or a service's and a node's, is on the underlay both ways.
+            Some(peer) if peer.flags & peer_flags::NODE != 0 && step != Step::Forward => way::UPLINK,
             Some(peer) if config.mode == mode::OVERLAY => {
                 scratch.route.node = peer.node;
                 way::TUNNEL

@@ -74,6 +74,10 @@ impl ServiceHost for ServiceWriter {
         if v4 { config.masquerade_v4 } else { config.masquerade_v6 }
     }
 
+    fn node_serves(&self) -> bool {
+        false
+    }
+
     fn fragment(&self, _key: &FragmentKey) -> Option<FragmentPorts> {
         None
     }

@@ -48,6 +48,8 @@ pub trait ServiceHost {
     fn claim(&self, key: &CtKey, translation: &Translation) -> bool;
     /// The address of the node that replaces a masqueraded source of one family, or [`Addr::UNSPECIFIED`].
     fn masquerade(&self, v4: bool) -> Addr;
+    /// Whether the node itself was a backend of somebody beyond it: answers may be among what its stack sends.
+    fn node_serves(&self) -> bool;
     /// The ports of a fragmented datagram.
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// A number that nobody can predict.

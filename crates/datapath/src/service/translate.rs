@@ -5,8 +5,10 @@
 //! backend, so that both directions meet in one entry.
 
 use podway_abi::{
-    Addr, Reason,
-    services::{MASQUERADE_FIRST_PORT, MASQUERADE_PORTS, Origin, Translation, translation_flags},
+    Addr, Hook, Reason,
+    services::{
+        MASQUERADE_FIRST_PORT, MASQUERADE_PORTS, Origin, Translation, address_flags, translation_flags,
+    },
 };
 
 use super::{Choice, Outcome, Query, ServiceHost, choose};
@@ -166,8 +168,13 @@ fn begin(host: &impl ServiceHost, scratch: &mut Scratch, from_b: bool) -> Result
     let external = matches!(scratch.query.origin, Origin::External);
     // A pod that reaches itself would take its own address for a forged one; and what comes from beyond the cluster has
     // to come back to this node unless the backend is on it.
-    let masquerade =
+    let mut masquerade =
         choice.masquerade || same_addr(&choice.addr, &scratch.query.src) || (external && !choice.local);
+    // The node itself would take its own address for a forged one; its answers are met where they leave it.
+    if host.address(&choice.addr) & address_flags::OWN != 0 {
+        masquerade = false;
+        scratch.node_serves = scratch.route.hook == Hook::FromUplink as u8;
+    }
     if scratch.query.proto == proto::SCTP && choice.port != scratch.query.dst_port {
         return Err(Reason::SctpPort);
     }
