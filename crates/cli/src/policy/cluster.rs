@@ -78,6 +78,7 @@ struct Member {
 struct Reader<'a> {
     addresses: &'a mut Addresses,
     is_live: bool,
+    rows: Rows,
     updates: Vec<Update>,
     /// By namespace/name of the workload, or of the pod that stands for itself.
     members: BTreeMap<String, Vec<Member>>,
@@ -90,11 +91,21 @@ struct Reader<'a> {
     notes: Vec<String>,
 }
 
+/// What a row of a matrix is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rows {
+    /// A workload, as far as policies do not tell its pods apart.
+    Workloads,
+    /// A pod that runs; of manifests, where none does, the same as [`Rows::Workloads`].
+    Pods,
+}
+
 /// Puts objects together. Of objects of one kind and name the last one counts.
-pub(super) fn read(objects: Objects, addresses: &mut Addresses) -> Cluster {
+pub(super) fn read(objects: Objects, addresses: &mut Addresses, rows: Rows) -> Cluster {
     let mut reader = Reader {
         addresses,
         is_live: objects.is_live,
+        rows,
         updates: Vec::new(),
         members: BTreeMap::new(),
         owned: BTreeMap::new(),
@@ -195,11 +206,17 @@ impl Reader<'_> {
                 pod.addresses.push(self.addresses.of(&name).into());
             }
         }
-        if let Some(owner) = owner(value).filter(|_| self.is_live) {
+        let owner = owner(value).filter(|_| self.is_live);
+        if let Some((_, owner)) = owner {
             self.owned.entry(format!("{}/{owner}", pod.namespace)).or_default().push(name.clone());
         }
-        let group = of.map_or_else(|| name.clone(), |w| format!("{}/{}", w.namespace, w.name));
-        let kind = of.map_or("Pod", |w| &w.kind).to_owned();
+        let (group, kind) = match (of, owner) {
+            (Some(w), _) => (format!("{}/{}", w.namespace, w.name), w.kind.clone()),
+            (None, Some((kind, owner))) if self.rows == Rows::Workloads => {
+                (format!("{}/{owner}", pod.namespace), kind.to_owned())
+            }
+            _ => (name.clone(), "Pod".to_owned()),
+        };
         let (addresses, served) = (pod.addresses.clone(), pod.served.clone());
         self.members.entry(group).or_default().push(Member { name, kind, addresses, served });
         self.updates.push(Update::Pod(pod));
@@ -224,12 +241,14 @@ impl Reader<'_> {
     }
 }
 
-/// Name of the workload that a running pod is of: its controller, or the Deployment of its ReplicaSet.
-fn owner(pod: &Value) -> Option<&str> {
+/// Kind and name of the workload that a running pod is of: its controller, or the Deployment of its ReplicaSet.
+fn owner(pod: &Value) -> Option<(&str, &str)> {
     let owners = pod["metadata"]["ownerReferences"].as_array()?;
-    let name = owners.iter().find(|owner| owner["controller"] == true)?["name"].as_str()?;
+    let owner = owners.iter().find(|owner| owner["controller"] == true)?;
+    let (kind, name) = (owner["kind"].as_str().unwrap_or_default(), owner["name"].as_str()?);
     let hash = pod["metadata"]["labels"]["pod-template-hash"].as_str();
-    Some(hash.and_then(|hash| name.strip_suffix(hash)?.strip_suffix('-')).unwrap_or(name))
+    let deployment = hash.and_then(|hash| name.strip_suffix(hash)?.strip_suffix('-'));
+    Some(deployment.map_or((kind, name), |name| ("Deployment", name)))
 }
 
 /// Members of one workload together, as far as policies do not tell them apart.
@@ -281,7 +300,7 @@ mod tests {
 
     fn cluster(values: Vec<Value>) -> Cluster {
         let objects = values.into_iter().map(|value| (value, "f: ".to_owned())).collect();
-        read(Objects { objects, ..Objects::default() }, &mut Addresses::default())
+        read(Objects { objects, ..Objects::default() }, &mut Addresses::default(), Rows::Workloads)
     }
 
     fn names(cluster: &Cluster) -> Vec<&str> {
@@ -320,15 +339,39 @@ mod tests {
         for (labels, owners, expected) in [
             (
                 json!({"pod-template-hash": "5f"}),
-                json!([{"controller": true, "name": "web-5f"}]),
-                Some("web"),
+                json!([{"controller": true, "kind": "ReplicaSet", "name": "web-5f"}]),
+                Some(("Deployment", "web")),
             ),
-            (json!({}), json!([{"controller": true, "name": "db"}]), Some("db")),
+            (
+                json!({}),
+                json!([{"controller": true, "kind": "StatefulSet", "name": "db"}]),
+                Some(("StatefulSet", "db")),
+            ),
             (json!({}), json!([{"controller": false, "name": "db"}]), None),
             (json!({}), json!(null), None),
         ] {
             let pod = json!({"metadata": {"labels": labels, "ownerReferences": owners}});
             assert_eq!(owner(&pod), expected, "{pod}");
+        }
+    }
+
+    #[test]
+    fn running_pods_are_rows_by_workload_or_one_by_one() {
+        let pod = |name: &str, last: u8| {
+            let owner = json!([{"controller": true, "kind": "ReplicaSet", "name": "web-5f"}]);
+            let value = json!({"kind": "Pod", "metadata": {"name": name, "ownerReferences": owner,
+                "labels": {"pod-template-hash": "5f"}}, "status": {"podIP": format!("10.0.0.{last}")}});
+            (value, String::new())
+        };
+        for (rows, expected) in [
+            (Rows::Workloads, vec!["default/web"]),
+            (Rows::Pods, vec!["default/web-5f-a", "default/web-5f-b"]),
+        ] {
+            let objects = vec![pod("web-5f-a", 1), pod("web-5f-b", 2)];
+            let objects = Objects { objects, is_live: true, ..Objects::default() };
+            let cluster = read(objects, &mut Addresses::default(), rows);
+            assert_eq!(names(&cluster), expected);
+            assert_eq!(cluster.workloads["default/web"], ["default/web-5f-a", "default/web-5f-b"]);
         }
     }
 

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::args::{Format, OutputFormat};
 use crate::output::{self, table};
 use crate::{FAILED, OK, USAGE};
-use cluster::{Addresses, Cluster, Group};
+use cluster::{Addresses, Cluster, Group, Rows};
 pub(crate) use learn::Learn;
 use picture::Extent;
 use source::Live;
@@ -183,7 +183,7 @@ fn allowed(pieces: &[Piece]) -> (Extent, String) {
 /// What there is to judge.
 fn cluster_of(manifests: &[PathBuf], live: &Live) -> anyhow::Result<Cluster> {
     let objects = if live.is_given() { source::live(live)? } else { source::manifests(manifests)? };
-    Ok(cluster::read(objects, &mut Addresses::default()))
+    Ok(cluster::read(objects, &mut Addresses::default(), Rows::Workloads))
 }
 
 /// The reason for a pair: of the ports that are allowed, else of a port that the target serves.
@@ -398,7 +398,8 @@ fn diff(args: &Diff) -> anyhow::Result<u8> {
         }
         _ => bail!("with --lab, --kubeconfig or --context name one manifest: what would be changed"),
     };
-    let (old, new) = (cluster::read(old, &mut addresses), cluster::read(new, &mut addresses));
+    let read = |objects, addresses: &mut Addresses| cluster::read(objects, addresses, Rows::Workloads);
+    let (old, new) = (read(old, &mut addresses), read(new, &mut addresses));
     tell(&old);
     tell(&new);
     let (mut reach_old, mut reach_new) = (Reachability::new(&old.compiler), Reachability::new(&new.compiler));

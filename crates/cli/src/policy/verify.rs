@@ -10,7 +10,7 @@ use podway_model::Protocol;
 use podway_policy::{Piece, Reachability, explain};
 use serde_json::json;
 
-use super::cluster::{self, Addresses, Cluster, Group};
+use super::cluster::{self, Addresses, Cluster, Group, Rows};
 use super::source::{self, Live};
 use super::{Port, ROWS, by, full_name, parse_port, tell};
 use crate::args::{Format, OutputFormat};
@@ -88,7 +88,7 @@ impl Probe<'_> {
 
 pub(super) fn run(args: &Verify) -> anyhow::Result<u8> {
     let live = Live { lab: Some(args.lab.clone()), kubeconfig: None, context: None };
-    let cluster = cluster::read(source::live(&live)?, &mut Addresses::default());
+    let cluster = cluster::read(source::live(&live)?, &mut Addresses::default(), Rows::Pods);
     tell(&cluster);
     let ends = |only: Option<&String>| {
         let name = only.map(|text| full_name(text));
