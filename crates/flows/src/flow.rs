@@ -247,7 +247,8 @@ impl Flow {
             ended: record.ended(),
             duration_ms: of_end(u64::try_from((record.time - record.began) / 1_000_000).unwrap_or(0)),
             interface: event.ifindex,
-            source_mac: (event.src_mac != [0; 6]).then(|| mac(event.src_mac)),
+            source_mac: (record.name() == EventName::Drop && event.src_mac != [0; 6])
+                .then(|| mac(event.src_mac)),
         }
     }
 }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use podway_flows::identity::Total;
 use podway_flows::Names;
+use podway_flows::identity::Total;
 use podway_kube::watch::{self, Change};
 use podway_kube::{Client, Kind};
 use podway_model::{NodePeer, Pod, Rejection, Service};
