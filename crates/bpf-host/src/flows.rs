@@ -2,13 +2,14 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use nix::time::{ClockId, clock_gettime};
 use podway_abi::{
-    CtEntry, CtKey, ct_flags,
+    Addr, CtEntry, CtKey, ct_flags,
     events::{Event, EventKind, event_flags},
+    services::{Translation, translation_flags},
 };
-use podway_datapath::track;
+use podway_datapath::{Packet, track};
 
 use crate::{Datapath, Error, Result, ignore_missing, lock};
 
@@ -42,18 +43,55 @@ pub struct SweepReport {
     pub live: usize,
     /// Flows that were over and have been removed.
     pub removed: usize,
+    /// Translations that were removed with them: a flow to a service has two.
+    pub translations: usize,
 }
 
 /// The connection table.
 pub(crate) struct Flows {
     table: HashMap<MapData, CtKey, CtEntry>,
+    translations: HashMap<MapData, CtKey, Translation>,
     /// What the last sweep found.
     swept: Option<SweepReport>,
 }
 
 impl Flows {
-    pub(crate) fn new(table: Map) -> Result<Self> {
-        Ok(Self { table: HashMap::try_from(table)?, swept: None })
+    pub(crate) fn new(table: Map, translations: Map) -> Result<Self> {
+        Ok(Self {
+            table: HashMap::try_from(table)?,
+            translations: HashMap::try_from(translations)?,
+            swept: None,
+        })
+    }
+
+    /// Removes the translations of a flow that is over, and with them gives its masqueraded port back; says how many
+    /// they were.
+    fn forget_translations(&mut self, key: &CtKey, entry: &CtEntry) -> Result<usize> {
+        let Some(back) = self.translation(key)? else { return Ok(0) };
+        let is_later = back.created_ns > entry.last_seen_ns.saturating_add(SLACK_NS);
+        if back.flags & translation_flags::FORWARD != 0 || is_later {
+            return Ok(0);
+        }
+        ignore_missing(self.translations.remove(key), "TRANSLATIONS")?;
+        let asked = key_of(back.dst, back.dst_port, back.src, back.src_port, key.proto);
+        // The client's next datagrams may go to another backend by now.
+        let leads_here = self.translation(&asked)?.is_some_and(|f| {
+            f.flags & translation_flags::FORWARD != 0
+                && key_of(f.src, f.src_port, f.dst, f.dst_port, key.proto) == *key
+        });
+        if !leads_here {
+            return Ok(1);
+        }
+        ignore_missing(self.translations.remove(&asked), "TRANSLATIONS")?;
+        Ok(2)
+    }
+
+    fn translation(&self, key: &CtKey) -> Result<Option<Translation>> {
+        match self.translations.get(key, 0) {
+            Ok(translation) => Ok(Some(translation)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(e) => Err(Error::map("TRANSLATIONS", e)),
+        }
     }
 
     /// Flows in the table as of the last sweep; counted when there was none.
@@ -106,6 +144,7 @@ impl Datapath {
         for (key, value) in over {
             ignore_missing(tracked.table.remove(&key), "CONNTRACK")?;
             report.removed += 1;
+            report.translations += tracked.forget_translations(&key, &value)?;
             if value.flags & ct_flags::END_TOLD == 0 {
                 ended(&end_of(&key, &value, now));
             }
@@ -113,6 +152,16 @@ impl Datapath {
         tracked.swept = Some(report);
         Ok(report)
     }
+}
+
+/// A flow's entry is stamped to the tick, its translations are to the nanosecond.
+const SLACK_NS: u64 = 1_000_000_000;
+
+/// Key of the flow that a packet with these ends belongs to.
+fn key_of(src: Addr, src_port: u16, dst: Addr, dst_port: u16, proto: u8) -> CtKey {
+    let mut key = CtKey::default();
+    track::key(&Packet { src, dst, src_port, dst_port, proto, ..Packet::EMPTY }, &mut key);
+    key
 }
 
 /// The clock that the programs stamp with.

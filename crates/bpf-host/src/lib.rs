@@ -163,7 +163,10 @@ impl Datapath {
             config: Mutex::new(Array::try_from(config)?),
             pods: Mutex::new(pods),
             peers: Mutex::new(peers::Peers::new(take(&mut ebpf, "PEERS")?, take(&mut ebpf, "PREFIXES")?)?),
-            flows: Mutex::new(flows::Flows::new(take(&mut ebpf, "CONNTRACK")?)?),
+            flows: Mutex::new(flows::Flows::new(
+                take(&mut ebpf, "CONNTRACK")?,
+                take(&mut ebpf, "TRANSLATIONS")?,
+            )?),
             events: Mutex::new(events::Events::new(&mut ebpf)?),
             counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?,
             ebpf: Mutex::new(ebpf),

@@ -21,7 +21,7 @@ use std::{
 
 use ipnet::IpNet;
 use nix::libc;
-use podway_abi::Mac;
+use podway_abi::{ABI_VERSION, CtKey, Mac, services::Translation};
 use podway_bpf_host::{Datapath, Endpoint, Mode, NodeConfig, Peer, PeerFlags, ServiceWriter};
 use podway_link::{AddressFlags, Netlink, Netns, Route, VethSpec, VxlanSpec, sysctl};
 use podway_services::table::{
@@ -561,6 +561,7 @@ fn run(prefix: &str, overlay: bool, offload: bool) {
         from_outside(&world, family);
         fragments(&world, family);
         counters(&world, family);
+        forgotten(&world, family);
         moving(&mut world, family);
     }
 }
@@ -712,6 +713,36 @@ fn counters(world: &World, family: usize) {
     );
     let each = 10 + 8 + if family == 0 { 20 } else { 40 };
     assert_eq!(after.2 - before.2, 3 * each);
+}
+
+/// Translations go with their flows, and the ports that these had: those of a socket that is still in use stay.
+fn forgotten(world: &World, family: usize) {
+    let node = &world.nodes[0];
+    let translations = || {
+        let pin = node.pins.join(format!("maps-v{ABI_VERSION}/TRANSLATIONS"));
+        let map = aya::maps::Map::LruHashMap(aya::maps::MapData::from_pin(pin).unwrap());
+        aya::maps::HashMap::<_, CtKey, Translation>::try_from(map).unwrap().keys().count()
+    };
+    let sweep = |later| {
+        let report = node.datapath.as_ref().unwrap().sweep_conntrack_at(later, |_| {}).unwrap();
+        assert!(report.translations <= 2 * report.removed, "{report:?}");
+        report.translations
+    };
+    // Everything so far.
+    sweep(Duration::from_secs(100_000));
+    let (before, node_port) = (translations(), to(NODES[0][family], NODE_PORTS[2]));
+    assert_eq!(before, 0, "each belongs to a flow");
+    let answered = world.client.run(|| (0..20).all(|_| tcp(node_port).is_ok())).unwrap();
+    assert!(answered);
+    let open = world.client.run(|| connected(node_port)).unwrap();
+    ask(&open, 10).unwrap();
+    assert_eq!(translations(), 42);
+    assert_eq!(sweep(Duration::ZERO), 0, "closed connections rest for some seconds");
+    assert_eq!(sweep(Duration::from_secs(20)), 40);
+    assert_eq!(translations(), 2);
+    assert_eq!(ask(&open, 10).unwrap().0, 3);
+    assert_eq!(sweep(Duration::from_secs(300)), 2);
+    assert_eq!(ask(&open, 10).unwrap().0, 3, "it begins again");
 }
 
 /// Datagrams of one socket after their backend has gone.

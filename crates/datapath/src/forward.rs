@@ -186,7 +186,9 @@ pub fn to_tunnel(bytes: &impl Bytes, tables: &impl Tables, env: &impl Env, scrat
     // The answer of a backend that is the node itself.
     complete(bytes, tables, scratch);
     let observation = track::arrive(tables, env, scratch);
-    answer(bytes, tables, &observation, scratch);
+    if answer(bytes, tables, &observation, scratch) {
+        track::track(tables, &observation, Found::Flow, scratch);
+    }
     match tables.peer(&scratch.packet.dst) {
         Some(peer) if peer.flags & peer_flags::LOCAL == 0 => {
             scratch.route.node = peer.node;
