@@ -243,7 +243,7 @@ impl Sources {
                     expected.push((label(), u64::from(want)));
                     (1, 0)
                 }
-                Verdict::Unreachable => (0, 1),
+                Verdict::Unreachable | Verdict::Refused => (0, 1),
                 Verdict::Unknown => continue,
             };
             narrow.push((label(), is_narrow));

@@ -210,7 +210,7 @@ impl Judge {
                 if self.narrow.remove(&report.peer) {
                     let message = format!("{pair}: packets of {mtu} bytes arrive again");
                     self.reporter.normal("PathMTUHealed", node, &message);
-                } else if report.before == Verdict::Unreachable {
+                } else if matches!(report.before, Verdict::Unreachable | Verdict::Refused) {
                     info!(path = pair, mtu, "the node answers path probes again");
                 } else {
                     debug!(path = pair, mtu, "path MTU proven");
@@ -220,6 +220,7 @@ impl Judge {
                 warn!(path = pair, send_error = ?report.send_error,
                     "the node does not answer path probes: it is down, starting, or UDP is filtered");
             }
+            Verdict::Refused => warn!(path = pair, "the node is up, but no agent answers path probes there"),
             _ => {}
         }
     }

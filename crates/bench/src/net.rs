@@ -38,6 +38,14 @@ pub struct Options {
     pub services: u16,
     /// Recorded report to compare the programs' cost with.
     pub baseline: Option<PathBuf>,
+    /// Only the comparisons with this in their name.
+    pub only: Option<String>,
+}
+
+impl Options {
+    fn wants(&self, what: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| what.contains(only))
+    }
 }
 
 /// One line of the comparison.
@@ -112,6 +120,10 @@ pub fn run(
     if options.services > crate::rules::MAX_SERVICES {
         bail!("--services: {} is more than {}", options.services, crate::rules::MAX_SERVICES);
     }
+    if let Some(only) = options.only.as_deref().filter(|_| !CASES.iter().any(|c| options.wants(c.what))) {
+        let names: Vec<&str> = CASES.iter().map(|c| c.what).collect();
+        bail!("--only: no comparison has {only:?} in its name; there are {}", names.join("; "));
+    }
     // Before minutes of measuring, not after.
     let baseline = options.baseline.as_deref().map(programs::baseline).transpose()?;
     let machine = Machine::of_now();
@@ -120,6 +132,7 @@ pub fn run(
         "pairs": options.pairs,
         "milliseconds": u64::try_from(options.time.as_millis())?,
         "services": options.services,
+        "only": options.only,
     });
 
     say("making a lab of two nodes");
@@ -176,7 +189,7 @@ fn compare(
 ) -> anyhow::Result<()> {
     let peer = &opponent.peer.network;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    for case in &CASES {
+    for case in CASES.iter().filter(|c| options.wants(c.what)) {
         let mut skip = |why: &str| {
             report
                 .skipped

@@ -122,9 +122,7 @@ fn to_pod(ctx: &TcContext, hook: Hook, scratch: &Scratch, queued: bool) -> Optio
     if !matches!(hook, Hook::FromPod) {
         ctx.change_type(PACKET_HOST).ok()?;
     }
-    // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessor.
-    let bundle = unsafe { (*ctx.skb.skb).gso_size } != 0;
-    if queued || bundle {
+    if queued {
         ctx.set_mark(MARK_DECIDED);
         // SAFETY: no preconditions; the kernel checks the interface.
         return Some(unsafe { bpf_redirect(target.ifindex, 0) } as i32);
@@ -140,7 +138,7 @@ fn to_tunnel(ctx: &TcContext, hook: Hook, scratch: &Scratch, redirect: bool) -> 
     let config: NodeConfig = Maps.config()?;
     if redirect
         && matches!(hook, Hook::FromPod)
-        && let Some(code) = encap::send(ctx, &config, &scratch.packet, &scratch.route.node)
+        && let Some(code) = encap::send(ctx, &config, &scratch.route.node)
     {
         return Some(code);
     }

@@ -2,16 +2,15 @@
 //!
 //! The tunnel device does the same, but a packet of a pod then takes the node's whole output path besides, with its
 //! firewall hooks and a route looked up without any cache: about a sixth of a request's way. What is not the usual
-//! case (an outer header of IPv6, a next hop that is no IPv4 neighbour, a packet that is too long for the route) is
-//! left to the device, which knows all of it.
+//! case (an outer header of IPv6, a next hop that is no IPv4 neighbour, a packet that is too long for the route, or one
+//! that segmentation offload has yet to cut up) is left to the device, which knows all of it.
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{
         BPF_ADJ_ROOM_ENCAP_L2_SHIFT, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
-        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
-        bpf_fib_lookup as FibLookup, bpf_redir_neigh,
+        BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_get_hash_recalc, bpf_get_prandom_u32, bpf_redirect_neigh, bpf_skb_adjust_room,
@@ -19,7 +18,6 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use podway_abi::{Addr, NodeConfig};
-use podway_datapath::Packet;
 use podway_datapath::packet::{ETH_LEN, ethertype, proto};
 
 use crate::{
@@ -45,18 +43,20 @@ const SOURCE_PORT_BITS: u32 = 0x3fff;
 /// Wraps a packet of a pod for another node and sends it to the next hop. Nothing when the tunnel device has to do it;
 /// the packet is as it was then.
 #[inline(always)]
-pub fn send(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) -> Option<i32> {
-    if is_underlay_v6(config) {
+pub fn send(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<i32> {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessor.
+    let bundle = unsafe { (*skb).gso_size } != 0;
+    // What segmentation offload has yet to cut up would lose its number of segments, without which the receiver merges
+    // none of it; and the tunnel device holds the segments to the route's MTU.
+    if bundle || is_underlay_v6(config) {
         return None;
     }
-    let hop = next_hop(ctx, config, packet, node)?;
-    let skb = ctx.skb.skb;
+    let hop = next_hop(ctx, config, node)?;
     // SAFETY: no preconditions. The sum over the ends of the inner flow, so that each flow stays on one path.
     let hash = unsafe { bpf_get_hash_recalc(skb) };
-    let flags = (BPF_F_ADJ_ROOM_FIXED_GSO
-        | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
-        | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
-        | BPF_F_ADJ_ROOM_ENCAP_L2_ETH) as u64
+    let flags = (BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_ENCAP_L2_ETH)
+        as u64
         | (ETH_LEN as u64) << BPF_ADJ_ROOM_ENCAP_L2_SHIFT;
     // SAFETY: no preconditions; on an error the packet is unchanged (a kind of segmentation that cannot be wrapped, or
     // a packet that is wrapped already).
@@ -94,7 +94,7 @@ impl Hop {
 
 /// The next hop by the node's routes, with all that they can say: several paths, rules by source, a path's own MTU.
 #[inline(always)]
-fn next_hop(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) -> Option<Hop> {
+fn next_hop(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<Hop> {
     // SAFETY: all fields are integers or unions of integers.
     let mut route: FibLookup = unsafe { core::mem::zeroed() };
     route.family = AF_INET;
@@ -104,7 +104,7 @@ fn next_hop(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) 
     route.__bindgen_anon_4.ipv4_dst = node.v4_word();
     // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessors.
     route.ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    route.__bindgen_anon_1.tot_len = (wire_len(ctx, packet)? + ROOM as u32).min(u16::MAX as u32) as u16;
+    route.__bindgen_anon_1.tot_len = (ctx.len() + (ROOM - ETH_LEN) as u32) as u16;
     // SAFETY: `route` is as large as the size given says.
     let result = unsafe { bpf_fib_lookup(ctx.as_ptr(), &mut route, size_of::<FibLookup>() as i32, 0) } as u32;
     let found = result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;
@@ -113,23 +113,6 @@ fn next_hop(ctx: &TcContext, config: &NodeConfig, packet: &Packet, node: &Addr) 
     }
     // SAFETY: the helper leaves the next hop's address where the destination's was.
     Some(Hop { ifindex: route.ifindex, address: unsafe { route.__bindgen_anon_4.ipv4_dst } })
-}
-
-/// Length of the pod's packet from the network layer up; of one that segmentation offload will cut up, that of a full
-/// segment. A pod's MTU may be wrong, and no later hook would notice: the next one is the device's own.
-#[inline(always)]
-fn wire_len(ctx: &TcContext, packet: &Packet) -> Option<u32> {
-    // SAFETY: as in `next_hop`.
-    let gso_size = unsafe { (*ctx.skb.skb).gso_size };
-    if gso_size == 0 {
-        return Some(ctx.len() - ETH_LEN as u32);
-    }
-    let l4_len = match packet.proto {
-        // The data offset, in words (RFC 9293 section 3.1).
-        proto::TCP => (ctx.load::<u8>(packet.l4_offset as usize + 12).ok()? >> 4) as u32 * 4,
-        _ => UDP_LEN as u32,
-    };
-    Some((packet.l4_offset as u32).saturating_sub(ETH_LEN as u32) + l4_len + gso_size)
 }
 
 /// Writes the headers; `len` is the length of the whole from the outer IPv4 header on.

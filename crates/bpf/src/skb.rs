@@ -139,8 +139,7 @@ fn read_tunnel_key(skb: *mut __sk_buff, v6: bool, out: &mut TunnelKey) -> bool {
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     let flags = if v6 { BPF_F_TUNINFO_IPV6 as u64 } else { 0 };
     // SAFETY: `key` is as large as the size given says.
-    let result =
-        unsafe { bpf_skb_get_tunnel_key(skb, &mut key, size_of::<bpf_tunnel_key>() as u32, flags) };
+    let result = unsafe { bpf_skb_get_tunnel_key(skb, &mut key, size_of::<bpf_tunnel_key>() as u32, flags) };
     if result != 0 {
         return false;
     }

@@ -23,11 +23,8 @@ use crate::topology::UPLINK;
 
 /// nftables table in the fabric's namespace.
 const TABLE: &str = "podway_faults";
-/// Limits of bundles, as `ip link set` takes them: segments and bytes. A bundle whose headers a program wrote has no
-/// number of segments, so that only its size tells (a packet and a little, for the smallest MTU).
-const TAKEN_APART: [&str; 4] = ["gso_max_segs", "1", "gso_max_size", "2048"];
-/// What the kernel begins with (`GSO_MAX_SEGS`, `GSO_LEGACY_MAX_SIZE`).
-const BUNDLED: [&str; 4] = ["gso_max_segs", "65535", "gso_max_size", "65536"];
+/// What the kernel calls no limit (`GSO_MAX_SEGS`).
+const UNBUNDLED_OFF: u32 = 65_535;
 /// Parts of a whole in which chance is counted.
 const MILLION: u32 = 1_000_000;
 
@@ -167,8 +164,8 @@ fn change(lab: &LabName, edit: impl FnOnce(&mut Vec<Fault>)) -> anyhow::Result<b
     }
     let nodes = exec::nodes(lab)?;
     for node in nodes.iter().filter(|n| takes_apart(&before, n) != takes_apart(&faults, n)) {
-        let limits = if takes_apart(&faults, node) { TAKEN_APART } else { BUNDLED };
-        let arguments = [&["link", "set", "dev", UPLINK], &limits[..]].concat();
+        let segments = if takes_apart(&faults, node) { 1 } else { UNBUNDLED_OFF };
+        let arguments = ["link", "set", "dev", UPLINK, "gso_max_segs", &segments.to_string()];
         run(&Netns::open_named(&lab.node_netns(node))?, "ip", &arguments, "")
             .with_context(|| format!("link of {node}"))?;
     }

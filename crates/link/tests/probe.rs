@@ -129,6 +129,14 @@ fn scenario(name: &str, family: [&str; 2], mtu: u16, narrow: u16) {
         assert_eq!(prober.verdicts().count(), 0);
         assert_eq!(next(&mut prober, Duration::from_millis(300)), None);
     });
+    // A peer without a responder is told from one that is down.
+    drop(responder);
+    prober.set_peers(&BTreeMap::from([(b, mtu)])).unwrap();
+    let refused = next(&mut prober, Duration::from_secs(10)).expect("the peer that is up");
+    assert_eq!((refused.before, refused.now), (Verdict::Unknown, Verdict::Refused));
+    network.fabric.netlink().set_down(network.port_b).unwrap();
+    let down = next(&mut prober, Duration::from_secs(12)).expect("the peer that is down");
+    assert_eq!((down.before, down.now), (Verdict::Refused, Verdict::Unreachable));
 }
 
 #[test]

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 const OUTSTANDING_MAX: usize = 128;
 /// How old a probe may be for its answer to count.
 const ANSWER_AGE_MAX: Duration = Duration::from_secs(2);
+/// How long the word of the peer's kernel that nobody listens counts: longer than the usual interval, because kernels
+/// send few of such errors (Linux one a second to each peer, `icmp_ratelimit`).
+const REFUSAL_AGE_MAX: Duration = Duration::from_secs(4);
 /// Sizes within the range in a round of the search.
 const CUTS: u32 = 8;
 /// Searches that came to nothing before the next waits for the usual interval.
@@ -54,9 +57,11 @@ impl Default for PathConfig {
 pub enum Verdict {
     /// Nothing yet.
     Unknown,
-    /// Small probes are not answered: the peer is down, its responder is, or UDP is filtered. Nothing is
-    /// known about the size.
+    /// Small probes are not answered: the peer is down, or UDP is filtered. Nothing is known about the size.
     Unreachable,
+    /// The peer's kernel says that nobody listens there (ICMP port unreachable): its responder is down, the peer is
+    /// not. Nothing is known about the size.
+    Refused,
     /// A packet of the expected size arrived whole.
     Proven {
         /// The size.
@@ -124,6 +129,7 @@ pub struct PathProbe {
     rtt: Option<Duration>,
     counts: Counts,
     searches: u8,
+    refused: Option<Instant>,
     verdict: Verdict,
     random: u64,
 }
@@ -142,6 +148,7 @@ impl PathProbe {
             rtt: None,
             counts: Counts::default(),
             searches: 0,
+            refused: None,
             verdict: Verdict::Unknown,
             random: seed,
         }
@@ -189,6 +196,11 @@ impl PathProbe {
         if size == self.expected || round.sizes.iter().all(|(_, answered)| *answered) {
             round.ends = now;
         }
+    }
+
+    /// Tells that the peer's kernel refused a probe because nobody listens for it.
+    pub fn on_refusal(&mut self, now: Instant) {
+        self.refused = Some(now);
     }
 
     /// Goes on to `now`; returns what to send. To be called when [`Self::wakeup`] is reached.
@@ -371,7 +383,9 @@ impl PathProbe {
             if lost >= self.config.attempts {
                 self.phase = self.search(self.config.small, now);
             } else if silent >= self.config.silent_attempts {
-                self.verdict = Verdict::Unreachable;
+                let refused =
+                    self.refused.is_some_and(|at| now.saturating_duration_since(at) <= REFUSAL_AGE_MAX);
+                self.verdict = if refused { Verdict::Refused } else { Verdict::Unreachable };
                 self.searches = 0;
                 return self.rest_a_while(now);
             }
@@ -383,7 +397,7 @@ impl PathProbe {
 
     fn suspect(&self, lost: u8, silent: u8) -> Phase {
         // To ask a peer that is known to be silent more often than the interval would help nobody.
-        if self.verdict == Verdict::Unreachable && lost == 0 {
+        if matches!(self.verdict, Verdict::Unreachable | Verdict::Refused) && lost == 0 {
             return Phase::Suspect { lost, silent: self.config.silent_attempts };
         }
         Phase::Suspect { lost, silent }

@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
 
 use super::path::{Counts, PathConfig, PathProbe, Verdict};
 use super::wire::{Kind, Packet};
@@ -21,6 +21,8 @@ use crate::{Error, Result};
 pub const PEERS_MAX: usize = 16_384;
 /// Answers taken from one socket before probes are sent again.
 const BATCH: usize = 256;
+/// ICMP destination unreachable, port unreachable (RFC 792), and the same of ICMPv6 (RFC 4443 section 3.1).
+const NOBODY_LISTENS: [(u8, u8, u8); 2] = [(libc::SO_EE_ORIGIN_ICMP, 3, 3), (libc::SO_EE_ORIGIN_ICMP6, 1, 4)];
 
 /// How to probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,10 +124,12 @@ impl Prober {
             socket.set_nonblocking(true).map_err(wrap)?;
             if address.is_ipv4() {
                 setsockopt(&socket, MtuDiscover4, &libc::IP_PMTUDISC_PROBE).map_err(|e| wrap(e.into()))?;
+                setsockopt(&socket, sockopt::Ipv4RecvErr, &true).map_err(|e| wrap(e.into()))?;
                 prober.v4 = Some(socket);
             } else {
                 setsockopt(&socket, MtuDiscover6, &libc::IPV6_PMTUDISC_PROBE).map_err(|e| wrap(e.into()))?;
                 setsockopt(&socket, sockopt::Ipv6DontFrag, &true).map_err(|e| wrap(e.into()))?;
+                setsockopt(&socket, sockopt::Ipv6RecvErr, &true).map_err(|e| wrap(e.into()))?;
                 prober.v6 = Some(socket);
             }
         }
@@ -215,6 +219,7 @@ impl Prober {
     fn receive(&mut self) {
         let mut buffer = [0; 64];
         for ipv6 in [false, true] {
+            self.receive_refusals(ipv6);
             for _ in 0..BATCH {
                 let Some(socket) = (if ipv6 { &self.v6 } else { &self.v4 }) else { break };
                 let (length, from) = match socket.recv_from(&mut buffer) {
@@ -230,6 +235,41 @@ impl Prober {
                 if let Some(peer) = self.peers.get_mut(&from.ip()) {
                     peer.path.on_ack(packet.nonce, packet.size, Instant::now());
                     self.reschedule(from.ip());
+                }
+            }
+        }
+    }
+
+    /// Takes the errors that came back for earlier probes. Those that are still in the queue would make sending fail.
+    fn receive_refusals(&mut self, ipv6: bool) {
+        let mut payload = [0; 64];
+        for _ in 0..BATCH {
+            let Some(socket) = (if ipv6 { &self.v6 } else { &self.v4 }) else { break };
+            let mut parts = [IoSliceMut::new(&mut payload)];
+            let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6);
+            let received = recvmsg::<SockaddrStorage>(
+                socket.as_raw_fd(),
+                &mut parts,
+                Some(&mut control),
+                MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT,
+            );
+            let Ok(messages) = received.and_then(|r| Ok(r.cmsgs()?.collect::<Vec<_>>())) else { break };
+            for message in messages {
+                let (error, from) = match message {
+                    ControlMessageOwned::Ipv4RecvErr(error, from) => {
+                        (error, from.map(|f| IpAddr::from(Ipv4Addr::from(u32::from_be(f.sin_addr.s_addr)))))
+                    }
+                    ControlMessageOwned::Ipv6RecvErr(error, from) => {
+                        (error, from.map(|f| IpAddr::from(Ipv6Addr::from(f.sin6_addr.s6_addr))))
+                    }
+                    _ => continue,
+                };
+                if !NOBODY_LISTENS.contains(&(error.ee_origin, error.ee_type, error.ee_code)) {
+                    continue;
+                }
+                // By the address that sent the error: on the way nobody else knows who listens on the peer.
+                if let Some(peer) = from.and_then(|from| self.peers.get_mut(&from)) {
+                    peer.path.on_refusal(Instant::now());
                 }
             }
         }
@@ -262,7 +302,13 @@ impl Prober {
                 let packet = Packet { kind: Kind::Probe, size: probe.size, nonce: probe.nonce };
                 packet.encode(address, &mut self.buffer);
                 let to = SocketAddr::new(address, self.config.port);
-                let sent = socket.as_ref().map(|socket| socket.send_to(&self.buffer, to));
+                let sent = socket.as_ref().map(|socket| match socket.send_to(&self.buffer, to) {
+                    // The error of an earlier probe that came a moment ago; telling it has taken it away.
+                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                        socket.send_to(&self.buffer, to)
+                    }
+                    sent => sent,
+                });
                 // A probe that cannot leave is lost like any other; the reason is kept for the report. Sizes
                 // come in rising order, so it is that of the largest.
                 peer.send_error = match sent {

@@ -201,7 +201,8 @@ impl Controller {
         self.reporter.about(subject, Severity::Warning, "LoadBalancerPoolInvalid", "", why);
     }
 
-    /// Nodes that are ready and answer. When nobody answers, it is this node that is cut off.
+    /// Nodes that are ready and answer, be it only that no agent is there: their kernels go on serving. When nobody
+    /// answers, it is this node that is cut off.
     fn alive(&self, snapshot: &Snapshot) -> BTreeSet<String> {
         let silent: BTreeSet<String> = self
             .status
