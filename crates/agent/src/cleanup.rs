@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podway_bpf_host::Datapath;
@@ -14,8 +15,11 @@ use crate::config::{GATEWAY_V4, TUNNEL_DEVICE};
 use crate::ids::Instance;
 use crate::network::pod_link;
 use crate::nft::{self, NftError};
-use crate::run_dir::{self, RunDirError};
+use crate::run_dir::{self, RunDirError, RunDirLock};
 use crate::{host_ports, masquerade};
+
+/// How long an agent may take to end that was killed.
+const ENDING: Duration = Duration::from_secs(2);
 
 /// What was done.
 #[derive(Debug, Default)]
@@ -53,7 +57,7 @@ pub fn cleanup(instance: &Instance, force: bool) -> Result<CleanupReport, Cleanu
     let mut report = CleanupReport::default();
     // Held to the end, so that no agent starts in between.
     let _lock = if run_dir.exists() {
-        match run_dir::take(&run_dir) {
+        match take(&run_dir, force) {
             Ok(lock) => Some(lock),
             Err(taken @ RunDirError::Taken { .. }) if !force => return Err(CleanupError::AgentRuns(taken)),
             Err(error) => {
@@ -82,6 +86,20 @@ pub fn cleanup(instance: &Instance, force: bool) -> Result<CleanupReport, Cleanu
     }
     files(&run_dir, &mut report);
     Ok(report)
+}
+
+/// An agent that was killed holds its lock until the kernel has taken the process apart; whoever uses force has as a rule
+/// just killed it.
+fn take(run_dir: &Path, force: bool) -> Result<RunDirLock, RunDirError> {
+    let begun = Instant::now();
+    loop {
+        match run_dir::take(run_dir) {
+            Err(RunDirError::Taken { .. }) if force && begun.elapsed() < ENDING => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
 }
 
 fn kernel(report: &mut CleanupReport) {
