@@ -128,17 +128,27 @@ fn prepare(object: &Value) -> Option<(Workload, Value)> {
         kind: kind.to_owned(),
     };
     let mut value = if kind == "CronJob" {
-        let mut job = object.pointer("/spec/jobTemplate").cloned().unwrap_or_default();
-        job["apiVersion"] = api_version.into();
-        job["kind"] = "Job".into();
-        job["metadata"]["name"] = workload.name.clone().into();
-        if object.pointer("/spec/suspend") == Some(&Value::Bool(true)) {
-            job["spec"]["suspend"] = true.into();
+        // Whatever the template holds, also what is no object, is the Job's to refuse.
+        let template = |field: &str| object.pointer(&format!("/spec/jobTemplate/{field}")).cloned();
+        let mut metadata = json!({"name": workload.name});
+        for field in ["labels", "annotations"] {
+            if let Some(value) = template(&format!("metadata/{field}")) {
+                metadata[field] = value;
+            }
         }
-        job
+        let mut spec = template("spec").unwrap_or_default();
+        if let Some(spec) = spec.as_object_mut()
+            && object.pointer("/spec/suspend") == Some(&Value::Bool(true))
+        {
+            spec.insert("suspend".into(), true.into());
+        }
+        json!({"apiVersion": api_version, "kind": "Job", "metadata": metadata, "spec": spec})
     } else {
         object.clone()
     };
+    if !value["metadata"].is_object() {
+        return None;
+    }
     value["metadata"]["namespace"] = namespace.into();
     let cap = |value: &mut Value, path: &str, most: u64| {
         if let Some(count) = value.pointer_mut(path)
@@ -297,6 +307,56 @@ mod tests {
                 assert!(pod["metadata"]["labels"].get(label).is_some(), "{kind} {label} {pod}");
             }
             assert_eq!(made.cut.len(), usize::from(expected == 100));
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_or_ignored_and_never_a_panic() {
+        let nonsense = [json!(null), json!(5), json!("x"), json!([]), json!([1]), json!({}), json!({"a": 1})];
+        for kind in [
+            "Deployment",
+            "ReplicaSet",
+            "StatefulSet",
+            "DaemonSet",
+            "ReplicationController",
+            "Job",
+            "CronJob",
+        ] {
+            let api_version = match kind {
+                "ReplicationController" => "v1",
+                "Job" | "CronJob" => "batch/v1",
+                _ => "apps/v1",
+            };
+            for path in [
+                "/metadata",
+                "/metadata/labels",
+                "/spec",
+                "/spec/replicas",
+                "/spec/parallelism",
+                "/spec/selector",
+                "/spec/template",
+                "/spec/template/metadata",
+                "/spec/template/metadata/labels",
+                "/spec/template/spec",
+                "/spec/template/spec/containers",
+                "/spec/jobTemplate",
+                "/spec/jobTemplate/metadata",
+                "/spec/jobTemplate/metadata/labels",
+                "/spec/jobTemplate/spec",
+                "/spec/jobTemplate/spec/template",
+            ] {
+                for value in &nonsense {
+                    let spec = json!({"replicas": 1, "parallelism": 1, "template": template(), "jobTemplate":
+                        {"metadata": {"labels": {}}, "spec": {"template": template()}}});
+                    let mut object = workload(api_version, kind, &spec);
+                    object["metadata"]["labels"] = json!({});
+                    if let Some(place) = object.pointer_mut(path) {
+                        place.clone_from(value);
+                    }
+                    let made = expand([&object]);
+                    assert!(made.pods.len() <= 5, "{kind} {path} {value}");
+                }
+            }
         }
     }
 
