@@ -39,6 +39,11 @@ test: setup build
 # Cases are data, kept outside of this tree: in ../shared/cases, or wherever PODWAY_CASES says.
 cases:
 	@$(AS_CALLER) cargo run --quiet --locked --package podway-cases -- $(SUITE)
+ifneq ($(filter services,$(or $(SUITE),services)),)
+	@$(AS_CALLER) cargo xtask cases-build
+	@if [ "$$(id -u)" -eq 0 ]; then target/debug/xtask cases-run; else \
+		echo "skipped: the kernel's share of the services' packets needs root; run \`sudo make cases\`"; fi
+endif
 
 # Any kernels: make vm KERNELS="6.1 6.12"
 KERNELS := 6.1

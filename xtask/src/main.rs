@@ -20,10 +20,14 @@ fn main() -> ExitCode {
         ["bpf"] => bpf::build(),
         ["budget"] => budget::check(),
         ["test-build"] => tests::build(),
+        ["cases-build"] => tests::build_cases(),
+        ["cases-run"] => tests::run_cases(),
         ["test-run", filters @ ..] => tests::run(filters),
         ["vm", options @ ..] => vm::run(options),
         _ => {
-            eprintln!("usage: cargo xtask bpf | budget | test-build | test-run [FILTER…] | vm [OPTION…]");
+            eprintln!(
+                "usage: cargo xtask bpf | budget | test-build | test-run [FILTER…] | cases-build | cases-run | vm [OPTION…]"
+            );
             return ExitCode::from(2);
         }
     };

@@ -78,6 +78,38 @@ pub(crate) fn build() -> Result<()> {
     Ok(())
 }
 
+fn cases_path() -> PathBuf {
+    root().join("target/case-programs.json")
+}
+
+/// Builds the test programs that send other projects' packets through the kernel, and writes the list of them.
+pub(crate) fn build_cases() -> Result<()> {
+    let arguments = ["--package", "podway-proxy-rules", "--package", "podway-bpf-host", "--test", "cases"];
+    let programs: Vec<PathBuf> =
+        programs(&arguments)?.into_iter().filter(|p| p.is_test).map(|p| p.executable).collect();
+    fs::write(cases_path(), serde_json::to_vec_pretty(&programs)?)?;
+    Ok(())
+}
+
+/// Runs them: one line of passed and failed cases for each way into the kernel.
+pub(crate) fn run_cases() -> Result<()> {
+    let list = fs::read(cases_path()).context("no list of programs; run `cargo xtask cases-build` first")?;
+    let programs: Vec<PathBuf> = serde_json::from_slice(&list)?;
+    let mut failed = false;
+    for program in &programs {
+        let status = Command::new(program)
+            .args(["--quiet", "--nocapture", "packets_of_other_projects"])
+            .current_dir(root())
+            .status()
+            .with_context(|| format!("cannot run {}", program.display()))?;
+        failed |= !status.success();
+    }
+    if failed {
+        bail!("cases failed in the kernel");
+    }
+    Ok(())
+}
+
 /// Runs the test programs whose name or crate contains one of the filters; all of them without a filter.
 pub(crate) fn run(filters: &[&str]) -> Result<()> {
     let list =

@@ -75,8 +75,8 @@ fn packets_of_other_projects_cases() {
         for scenario in &scenarios {
             tally.add(packets::run(scenario, &mut Kernel { name, make }));
         }
-        println!("{tally:#?}");
-        assert!(tally.failed().is_empty(), "{name}");
+        println!("services, packets in the kernel by {name}: {tally}");
+        assert!(tally.failed().is_empty(), "{name}: {:#?}", tally.failed());
         assert!(tally.passed() > 0);
     }
 }
