@@ -4,6 +4,7 @@
 //! is counted apart and named with the reason, so that nothing is passed over in silence.
 
 pub mod data;
+pub mod dns;
 pub mod netpol;
 pub mod print;
 pub mod services;
@@ -15,7 +16,7 @@ use anyhow::{Result, bail};
 pub use tally::Tally;
 
 /// The suites, by the name of their folder.
-pub const SUITES: [&str; 2] = ["netpol", "services"];
+pub const SUITES: [&str; 3] = ["dns", "netpol", "services"];
 
 /// Where the cases are: `$PODWAY_CASES`, or beside the project.
 pub fn root() -> PathBuf {
@@ -29,6 +30,7 @@ pub fn root() -> PathBuf {
 /// There is no such suite, or its data cannot be read. A case that does not come out is no error, but counted.
 pub fn run(suite: &str, root: &Path) -> Result<Tally> {
     match suite {
+        "dns" => dns::run(&root.join("dns")),
         "netpol" => netpol::run(&root.join("netpol")),
         "services" => services::run(&root.join("services")),
         other => bail!("there is no suite {other:?}; there is {}", SUITES.join(", ")),

@@ -241,7 +241,7 @@ impl Lower {
     /// Label `i`, without its length.
     #[inline]
     pub fn label(&self, i: usize) -> &[u8] {
-        &self.bytes[self.start(i)..self.start(i + 1)].get(1..).unwrap_or_default()[..]
+        self.bytes[self.start(i)..self.start(i + 1)].get(1..).unwrap_or_default()
     }
 
     /// Labels `from..to` as on the wire, without a root.

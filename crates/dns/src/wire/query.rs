@@ -86,12 +86,13 @@ pub enum Refused<'a> {
 /// It is no query that can be looked at further, with what its sender is to be told.
 #[inline]
 pub fn read(packet: &[u8]) -> Result<Query<'_>, Refused<'_>> {
-    let (Some(id), Some(flags)) = (u16_at(packet, 0), u16_at(packet, 2)) else { return Err(Refused::Ignored) };
+    let (Some(id), Some(flags)) = (u16_at(packet, 0), u16_at(packet, 2)) else {
+        return Err(Refused::Ignored);
+    };
     if packet.len() < HEADER || flags & flag::QR != 0 {
         return Err(Refused::Ignored);
     }
-    let answered =
-        |rcode, question_end, edns| Refused::Answered { rcode, packet, question_end, edns };
+    let answered = |rcode, question_end, edns| Refused::Answered { rcode, packet, question_end, edns };
     if (flags >> 11) & 0xf != 0 {
         return Err(answered(Rcode::NotImp, None, None));
     }
@@ -102,7 +103,9 @@ pub fn read(packet: &[u8]) -> Result<Query<'_>, Refused<'_>> {
     }
     let Some(name) = Lower::from_wire(&packet[HEADER..]) else { return Err(malformed) };
     let at = HEADER + name.wire().len();
-    let (Some(qtype), Some(class)) = (u16_at(packet, at), u16_at(packet, at + 2)) else { return Err(malformed) };
+    let (Some(qtype), Some(class)) = (u16_at(packet, at), u16_at(packet, at + 2)) else {
+        return Err(malformed);
+    };
     let end = at + 4;
     // A query has no answers. Records of authority come with IXFR only, which is refused whatever they say.
     let edns = match (counts[1], counts[2], counts[3]) {
@@ -110,7 +113,8 @@ pub fn read(packet: &[u8]) -> Result<Query<'_>, Refused<'_>> {
         (0, 0, more) => match opt(packet, end, more) {
             Ok(edns) => edns,
             Err(rcode) => {
-                let edns = (rcode == Rcode::BadVers).then_some(Edns { size: PLAIN_UDP as u16, dnssec: false });
+                let edns =
+                    (rcode == Rcode::BadVers).then_some(Edns { size: PLAIN_UDP as u16, dnssec: false });
                 return Err(answered(rcode, Some(end), edns));
             }
         },

@@ -129,7 +129,8 @@ impl<'a> Message<'a> {
     pub fn records(&self) -> impl Iterator<Item = Result<Record, Malformed>> + use<'a> {
         let (packet, counts) = (self.packet, self.counts);
         let sections = [Section::Answer, Section::Authority, Section::Additional].into_iter().zip(counts);
-        let mut sections = sections.flat_map(|(section, count)| std::iter::repeat_n(section, usize::from(count)));
+        let mut sections =
+            sections.flat_map(|(section, count)| std::iter::repeat_n(section, usize::from(count)));
         let mut at = Some(self.question_end);
         std::iter::from_fn(move || {
             let start = at?;
@@ -170,7 +171,8 @@ impl<'a> Message<'a> {
         let end = at + len;
         let mut to = 0;
         let mut put = |bytes: &[u8]| -> Result<(), Malformed> {
-            let room = scratch.get_mut(to..to + bytes.len()).ok_or(Malformed("has data that are too long"))?;
+            let room =
+                scratch.get_mut(to..to + bytes.len()).ok_or(Malformed("has data that are too long"))?;
             room.copy_from_slice(bytes);
             to += bytes.len();
             Ok(())

@@ -42,7 +42,14 @@ impl<'b> Reply<'b> {
         Self::start(query.id, flags, query.question(), query.edns, buffer, limit)
     }
 
-    fn start(id: u16, flags: u16, question: &[u8], edns: Option<Edns>, buffer: &'b mut [u8], limit: usize) -> Self {
+    fn start(
+        id: u16,
+        flags: u16,
+        question: &[u8],
+        edns: Option<Edns>,
+        buffer: &'b mut [u8],
+        limit: usize,
+    ) -> Self {
         let len = HEADER + question.len();
         let reserve = if edns.is_some() { OPT_LEN } else { 0 };
         let limit = limit.min(buffer.len()).saturating_sub(reserve);
@@ -138,10 +145,18 @@ impl<'b> Reply<'b> {
 
     /// Appends a record whose owner is named by a pointer to `owner` (a place in this message).
     #[inline]
-    pub fn pointed(&mut self, section: Section, owner: u16, rtype: u16, ttl: u32, rdata: &[&[u8]]) -> Option<usize> {
+    pub fn pointed(
+        &mut self,
+        section: Section,
+        owner: u16,
+        rtype: u16,
+        ttl: u32,
+        rdata: &[&[u8]],
+    ) -> Option<usize> {
         let rdlen: usize = rdata.iter().map(|part| part.len()).sum();
         let Ok(short) = u16::try_from(rdlen) else { return None };
-        if self.room() < 12 + rdlen {
+        // A pointer has 14 bits.
+        if self.room() < 12 + rdlen || owner >= 0x4000 {
             self.left_out(section);
             return None;
         }
@@ -164,7 +179,15 @@ impl<'b> Reply<'b> {
 
     /// Appends a record whose owner is written out, or points to where the same name is already. Neither the owner
     /// nor names in `rdata` may be compressed.
-    pub fn record(&mut self, section: Section, owner: &[u8], rtype: u16, class: u16, ttl: u32, rdata: &[u8]) -> bool {
+    pub fn record(
+        &mut self,
+        section: Section,
+        owner: &[u8],
+        rtype: u16,
+        class: u16,
+        ttl: u32,
+        rdata: &[u8],
+    ) -> bool {
         let Ok(rdlen) = u16::try_from(rdata.len()) else { return false };
         let known = self.find(owner);
         let owner_len = if known.is_some() { 2 } else { owner.len() };
