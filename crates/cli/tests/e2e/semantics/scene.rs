@@ -137,6 +137,7 @@ pub(super) fn balanced(family: Family, n: u8) -> IpAddr {
 }
 
 /// A Service of both families at the n-th cluster IPs, of the servers' HTTP port, with more in its `spec`.
+#[expect(clippy::needless_pass_by_value, reason = "callers write the value in place")]
 pub(super) fn service(name: &str, n: u8, spec: Value) -> Value {
     let mut all = json!({
         "clusterIPs": [vip(Family::V4, n), vip(Family::V6, n)],
@@ -232,6 +233,7 @@ impl Scene {
         self.slices_of(service, pods, json!([{"name": "http", "port": port, "protocol": "TCP"}]))
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "callers write the value in place")]
     pub(super) fn slices_of(
         &mut self,
         service: &str,
