@@ -11,7 +11,6 @@
 mod addr;
 mod conntrack;
 pub mod events;
-pub mod policy;
 mod reason;
 pub mod services;
 mod tables;

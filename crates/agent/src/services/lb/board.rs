@@ -55,17 +55,35 @@ impl SliceNodes {
     }
 }
 
-/// Name of a node, and whether it can answer for addresses.
+/// What a node can do for addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It may be given addresses.
+    Ready,
+    /// It keeps those that it has: its kubelet says that something is wrong, often only that no agent is there, and
+    /// to move an address breaks connections.
+    NotReady,
+    /// It answers for none.
+    Out,
+}
+
+/// Name of a node, and what it can do for addresses.
 #[must_use]
-pub(crate) fn read_node(value: &Value) -> Option<(String, bool)> {
+pub(crate) fn read_node(value: &Value) -> Option<(String, Standing)> {
     let name = value.pointer("/metadata/name")?.as_str()?.to_owned();
     let conditions =
         value.pointer("/status/conditions").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    let not_ready = conditions.iter().any(|c| c["type"] == "Ready" && c["status"] != "True");
-    let usable = !not_ready
-        && value.pointer(EXCLUDE_LABEL).is_none()
-        && value.pointer("/metadata/deletionTimestamp").is_none();
-    Some((name, usable))
+    let ready = conditions.iter().find(|c| c["type"] == "Ready").and_then(|c| c["status"].as_str());
+    let leaves =
+        value.pointer(EXCLUDE_LABEL).is_some() || value.pointer("/metadata/deletionTimestamp").is_some();
+    let standing = match ready {
+        _ if leaves => Standing::Out,
+        None | Some("True") => Standing::Ready,
+        Some("False") => Standing::NotReady,
+        // Nobody has heard of its kubelet for a while.
+        Some(_) => Standing::Out,
+    };
+    Some((name, standing))
 }
 
 /// The shared value.
@@ -82,7 +100,7 @@ struct Inner {
     slices: BTreeMap<ObjectName, BTreeMap<String, Nodes>>,
     /// Service by slice.
     service_of: BTreeMap<ObjectName, ObjectName>,
-    nodes: BTreeMap<String, bool>,
+    nodes: BTreeMap<String, Standing>,
     synced: [bool; 3],
     /// Versions that were written from here and have not come back yet.
     written: BTreeMap<ObjectName, u64>,
@@ -95,6 +113,8 @@ pub(crate) struct Snapshot {
     pub(crate) services: BTreeMap<ObjectName, LbService>,
     /// Nodes that are ready and may answer for addresses.
     pub(crate) nodes: BTreeSet<String>,
+    /// Nodes that may go on answering for what they have.
+    pub(crate) keepers: BTreeSet<String>,
     /// All nodes.
     pub(crate) all_nodes: usize,
     /// For Services with `externalTrafficPolicy: Local`: nodes with an endpoint that serves.
@@ -196,7 +216,8 @@ impl Board {
             .collect();
         Some(Snapshot {
             services: inner.services.clone(),
-            nodes: inner.nodes.iter().filter(|(_, usable)| **usable).map(|(n, _)| n.clone()).collect(),
+            nodes: inner.with(&[Standing::Ready]),
+            keepers: inner.with(&[Standing::Ready, Standing::NotReady]),
             all_nodes: inner.nodes.len(),
             local_nodes,
         })
@@ -225,6 +246,10 @@ impl Board {
 }
 
 impl Inner {
+    fn with(&self, standings: &[Standing]) -> BTreeSet<String> {
+        self.nodes.iter().filter(|(_, s)| standings.contains(s)).map(|(n, _)| n.clone()).collect()
+    }
+
     fn put(&mut self, name: &ObjectName, service: Option<LbService>) {
         let version = service.as_ref().and_then(|s| s.version);
         if let (Some(written), Some(version)) = (self.written.get(name), version) {
@@ -338,19 +363,23 @@ mod tests {
 
     #[test]
     fn nodes_that_cannot_answer() {
-        for (node, usable) in [
-            (json!({"metadata": {"name": "n"}}), true),
+        for (node, standing) in [
+            (json!({"metadata": {"name": "n"}}), Standing::Ready),
+            (
+                json!({"metadata": {"name": "n"}, "status": {"conditions": [{"type": "Ready", "status": "False"}]}}),
+                Standing::NotReady,
+            ),
             (
                 json!({"metadata": {"name": "n"}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}),
-                false,
+                Standing::Out,
             ),
             (
                 json!({"metadata": {"name": "n",
                     "labels": {"node.kubernetes.io/exclude-from-external-load-balancers": ""}}}),
-                false,
+                Standing::Out,
             ),
         ] {
-            assert_eq!(read_node(&node), Some(("n".to_owned(), usable)), "{node}");
+            assert_eq!(read_node(&node), Some(("n".to_owned(), standing)), "{node}");
         }
     }
 }

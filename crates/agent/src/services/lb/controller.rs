@@ -112,11 +112,14 @@ impl Controller {
         }
         self.read_pools().await;
         let (Some(pools), Some(snapshot)) = (&self.pools, self.board.snapshot()) else { return };
-        let nodes = self.alive(&snapshot);
+        let silent = self.silent(&snapshot);
+        let alive = |nodes: &BTreeSet<String>| nodes.difference(&silent).cloned().collect::<BTreeSet<_>>();
+        let (nodes, keepers) = (alive(&snapshot.nodes), alive(&snapshot.keepers));
         let made = plan(&Inputs {
             services: &snapshot.services,
             pools,
             nodes: &nodes,
+            keepers: &keepers,
             local_nodes: &snapshot.local_nodes,
         });
         *lock(&self.usage) = pools
@@ -201,9 +204,9 @@ impl Controller {
         self.reporter.about(subject, Severity::Warning, "LoadBalancerPoolInvalid", "", why);
     }
 
-    /// Nodes that are ready and answer, be it only that no agent is there: their kernels go on serving. When nobody
+    /// Nodes that do not answer at all; a node without an agent does, and its kernel goes on serving. When nobody
     /// answers, it is this node that is cut off.
-    fn alive(&self, snapshot: &Snapshot) -> BTreeSet<String> {
+    fn silent(&self, snapshot: &Snapshot) -> BTreeSet<String> {
         let silent: BTreeSet<String> = self
             .status
             .snapshot()
@@ -213,10 +216,7 @@ impl Controller {
             .map(|p| p.node)
             .collect();
         let others = snapshot.all_nodes.saturating_sub(1);
-        if others > 1 && silent.len() >= others {
-            return snapshot.nodes.clone();
-        }
-        snapshot.nodes.difference(&silent).cloned().collect()
+        if others > 1 && silent.len() >= others { BTreeSet::new() } else { silent }
     }
 
     /// Tells what is wrong once, and again when it was right in between.

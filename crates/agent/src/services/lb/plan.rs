@@ -20,6 +20,8 @@ pub(crate) struct Inputs<'a> {
     pub(crate) pools: &'a [Pool],
     /// Nodes that can answer for an address now.
     pub(crate) nodes: &'a BTreeSet<String>,
+    /// Nodes that can go on answering for an address that they have: these, and some more.
+    pub(crate) keepers: &'a BTreeSet<String>,
     /// For a Service with `externalTrafficPolicy: Local`: nodes with an endpoint that serves.
     pub(crate) local_nodes: &'a BTreeMap<ObjectName, BTreeSet<String>>,
 }
@@ -265,18 +267,15 @@ fn announcers(
     for service in order {
         let addresses = given.get(&service.name).map_or(&[][..], Vec::as_slice);
         let Some((first, _)) = addresses.first() else { continue };
-        let candidates: BTreeSet<&String> = if service.local {
-            let with = inputs.local_nodes.get(&service.name).unwrap_or(&nobody);
-            inputs.nodes.intersection(with).collect()
-        } else {
-            inputs.nodes.iter().collect()
-        };
+        let with = service.local.then(|| inputs.local_nodes.get(&service.name).unwrap_or(&nobody));
+        let serves = |node: &String| with.is_none_or(|with| with.contains(node));
         let decided = addresses.iter().find_map(|(a, _)| by_address.get(a)).cloned();
         // Moving an address breaks connections: it stays where it is while it can.
-        let stays = service.announced_by.clone().filter(|node| candidates.contains(node));
-        let chosen = decided.or(stays).or_else(|| {
-            candidates.iter().max_by_key(|node| weight(&first.to_string(), node)).map(|node| (*node).clone())
-        });
+        let stays = service.announced_by.clone().filter(|node| inputs.keepers.contains(node) && serves(node));
+        let candidates = inputs.nodes.iter().filter(|node| serves(node));
+        let chosen = decided
+            .or(stays)
+            .or_else(|| candidates.max_by_key(|node| weight(&first.to_string(), node)).cloned());
         if let Some(node) = chosen {
             for (address, _) in addresses {
                 by_address.entry(*address).or_insert_with(|| node.clone());

@@ -12,6 +12,7 @@ struct Cluster {
     objects: BTreeMap<ObjectName, Value>,
     pools: Vec<Pool>,
     nodes: BTreeSet<String>,
+    not_ready: BTreeSet<String>,
     local: BTreeMap<ObjectName, BTreeSet<String>>,
 }
 
@@ -21,6 +22,7 @@ impl Cluster {
             objects: BTreeMap::new(),
             pools: pools.iter().map(|p| Pool::read(p).unwrap()).collect(),
             nodes: ["n1", "n2", "n3"].map(str::to_owned).into(),
+            not_ready: BTreeSet::new(),
             local: BTreeMap::new(),
         }
     }
@@ -53,6 +55,7 @@ impl Cluster {
             services: &services,
             pools: &self.pools,
             nodes: &self.nodes,
+            keepers: &self.nodes.union(&self.not_ready).cloned().collect(),
             local_nodes: &self.local,
         })
     }
@@ -243,6 +246,9 @@ fn an_address_stays_on_its_node_while_that_can_serve_it() {
 
     let before = on(&cluster, "n1");
     cluster.nodes.remove("n2");
+    cluster.not_ready.insert("n2".into());
+    assert!(cluster.plan().writes.is_empty());
+    cluster.not_ready.clear();
     let made = cluster.settle();
     assert_eq!(cluster.annotation("local", ANNOUNCED_BY).as_deref(), Some("n3"));
     assert_eq!(on(&cluster, "n2"), 0);
