@@ -140,6 +140,4 @@ pub mod ct_flags {
     pub const RST: u32 = 1 << 5;
     /// User space was told that the flow has ended.
     pub const END_TOLD: u32 = 1 << 6;
-    /// The node's own stack opened the flow: no policy is asked about it.
-    pub const OWN: u32 = 1 << 7;
 }

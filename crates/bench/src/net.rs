@@ -59,9 +59,16 @@ struct Case {
     goals: (f64, f64),
 }
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 8] = [
     Case {
-        what: "two nodes, stream",
+        what: "two nodes, stream, one core",
+        path: Path::TwoNodes,
+        kind: Kind::Stream,
+        apart: false,
+        goals: (0.97, 0.97),
+    },
+    Case {
+        what: "two nodes, stream, two cores",
         path: Path::TwoNodes,
         kind: Kind::Stream,
         apart: true,
@@ -82,7 +89,14 @@ const CASES: [Case; 6] = [
         goals: (1.0, 1.1),
     },
     Case {
-        what: "same node, stream",
+        what: "same node, stream, one core",
+        path: Path::SameNode,
+        kind: Kind::Stream,
+        apart: false,
+        goals: (1.0, 1.1),
+    },
+    Case {
+        what: "same node, stream, two cores",
         path: Path::SameNode,
         kind: Kind::Stream,
         apart: true,
