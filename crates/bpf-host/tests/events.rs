@@ -9,6 +9,10 @@ mod support;
 
 use std::{net::IpAddr, time::Duration};
 
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
 use podway_abi::{
     Hook, Reason,
     events::{EVENT_RING_BYTES, Event, EventKind, event_flags},
@@ -33,6 +37,10 @@ struct World {
 
 impl World {
     fn new(name: &str, limits: EventLimits) -> Self {
+        // Every CPU remembers for itself what was told, and a test run happens where its caller is.
+        let mut here = CpuSet::new();
+        here.set(0).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &here).unwrap();
         let test = TestDatapath::new(name, AttachMethod::of_this_kernel());
         test.fill(true, &INTERFACES);
         test.get().set_event_limits(limits).unwrap();
