@@ -47,8 +47,8 @@ pub fn send(ctx: &TcContext, config: &NodeConfig, node: &Addr) -> Option<i32> {
     let skb = ctx.skb.skb;
     // SAFETY: the context pointer of a running program is valid. Needed: aya has no accessor.
     let bundle = unsafe { (*skb).gso_size } != 0;
-    // What segmentation offload has yet to cut up would lose its number of segments, without which the receiver merges
-    // none of it; and the tunnel device holds the segments to the route's MTU.
+    // Of what segmentation offload has yet to cut up, the tunnel device holds each segment to the route's MTU. Wrapped
+    // here it would also lose its number of segments, which the limits of a link count.
     if bundle || is_underlay_v6(config) {
         return None;
     }

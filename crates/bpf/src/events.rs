@@ -45,7 +45,7 @@ const DROPPED: u32 = 1 << 16;
 /// What became of a packet, as one word.
 #[inline(always)]
 pub const fn what(hook: Hook, reason: Reason, dropped: bool) -> u32 {
-    hook as u32 | (reason as u32) << 8 | (dropped as u32) << 16
+    hook as u32 | (reason as u32) << 8 | if dropped { DROPPED } else { 0 }
 }
 
 /// Tells of a packet that opened a flow, or that is dropped or refused.

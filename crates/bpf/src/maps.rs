@@ -126,10 +126,11 @@ impl Tables for Maps {
 #[inline(always)]
 pub fn flow(key: &CtKey) -> Option<&'static mut CtEntry> {
     let slot = CONNTRACK.get_ptr_mut(key)?;
-    // SAFETY: the entry lives until the end of the program at least (RCU), and no reference is kept longer. Another
-    // CPU may write the same flow at the same time: counters may then miss a packet, and a route is not taken while it
-    // is written (`track::learn`). Or the LRU gives the slot to another flow in this moment: this one packet may then
-    // be taken for one of that flow, if it came in by the same link from the same sender. Needed to update without a
-    // second look-up.
+    // Another CPU may write the same flow at the same time: counters may then miss a packet, and a route is not taken
+    // while it is written (`track::learn`). Or the LRU gives the slot to another flow in this moment: this one packet
+    // may then be taken for one of that flow, if it came in by the same link from the same sender.
+    //
+    // SAFETY: the entry lives until the end of the program at least (RCU), and no reference is kept longer. Needed to
+    // update without a second look-up.
     Some(unsafe { &mut *slot })
 }
